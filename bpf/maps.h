@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/*
+ * Every map, once. Pinned under maps/<name>_v<N> by pkg/datapath; sizes here are the defaults and may be configured.
+ * A changed layout is a new N (datapath.mapVersion) with a migration.
+ */
+
+#include "types.h"
+
+/*
+ * Flow table: tuple → what to do with its packets. Two entries per flow, one for each direction.
+ * Written by the programs, deleted by sweep_flows and by LRU eviction. 131 072 entries are about 28 MiB.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+/*
+ * Pod address → interface, identity, policy. Written by the CNI plugin at ADD, its identity and policy by the agent;
+ * deleted by the plugin at DEL. Lives as long as the pod.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps");
+
+/*
+ * Pod key hash → identity and policy to start with. Written by the agent when a pod is scheduled here, read by the plugin
+ * at ADD, deleted by the agent with the pod. Never read by a program.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct pending_key);
+	__type(value, struct pending);
+} pending SEC(".maps");
+
+/* Prefix → identity, for every address that a policy may name. Written and deleted by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct ipcache_key);
+	__type(value, struct ipcache_entry);
+} ipcache SEC(".maps");
+
+/* Address of a node → enum node_addr_flags. Written and deleted by the agent; the plugin fills in this node's at Ensure. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, __u32);
+} node_addrs SEC(".maps");
+
+/* Frontend → service. Written and deleted by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct frontend_key);
+	__type(value, struct service);
+} services SEC(".maps");
+
+/* (list, slot) → backend. Written before the service that counts it, deleted after. By the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct backend_key);
+	__type(value, struct backend);
+} backends SEC(".maps");
+
+/* Set of (service port, address, port) that still serve: a flow whose backend left it is re-selected. By the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct service_backend);
+	__type(value, __u32);
+} service_backends SEC(".maps");
+
+/* Service id → epoch, raised by the agent when a backend leaves the service. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, __u32);
+} service_epochs SEC(".maps");
+
+/* (policy id, direction, peer identity, protocol, port prefix) → verdict. Written and deleted by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct policy_key);
+	__type(value, struct policy_entry);
+} policy SEC(".maps");
+
+/* Policy id → epoch, raised by the agent when a flow judged under the id could be judged differently now. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, __u32);
+} policy_epochs SEC(".maps");
+
+/* Node-wide epochs. Written by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct node_state);
+} node_state SEC(".maps");
+
+/* reason * 2 + direction → dropped packets and bytes. Written by the programs, never reset. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 128);
+	__type(key, __u32);
+	__type(value, struct counter);
+} counters SEC(".maps");
+
+/* Sampled drops and verdicts, for whoever listens (margayctl drops, the agent). */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 262144);
+} events SEC(".maps");
+
+/* How many events this CPU has written in the current second. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct event_budget);
+} event_budget SEC(".maps");

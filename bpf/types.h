@@ -1,0 +1,328 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/*
+ * Every struct and enum that user space sees. bpf2go turns this header into the Go types of pkg/bpf, so the C text here is the
+ * only definition. Rules: fixed-width types, explicit padding (always zero), sizes asserted. A field whose type is __be16 or
+ * __be32, and every struct addr, is in network byte order; everything else is in the byte order of the machine.
+ *
+ * The layout of a pinned map is a promise to the running node: a change means a new map name (maps.h) and a migration.
+ */
+
+#include "headers/kernel.h"
+
+/* An IPv6 address, or an IPv4 address in its IPv4-mapped form (::ffff:a.b.c.d). The only form the maps know. */
+struct addr {
+	union {
+		__u8 b[16];
+		__be32 w[4];
+	};
+};
+
+/* The pod's policy direction: EGRESS is what the pod sends, INGRESS what it receives. Index of two-element arrays. */
+enum direction {
+	EGRESS = 0,
+	INGRESS = 1,
+};
+
+/* Hooks are named as the host sees them. */
+enum hook {
+	HOOK_FROM_POD = 1,
+	HOOK_TO_POD = 2,
+	HOOK_FROM_NETDEV = 3,
+	HOOK_TO_NETDEV = 4,
+	HOOK_FROM_OVERLAY = 5,
+};
+
+/* Identities below IDENTITY_FIRST have a fixed meaning; the agent allocates the others, node-locally. */
+enum identity {
+	IDENTITY_WORLD = 0,	  /* no ipcache entry: outside the cluster */
+	IDENTITY_HOST = 1,	  /* an address of this node */
+	IDENTITY_REMOTE_NODE = 2, /* an address of another node */
+	IDENTITY_POD_UNKNOWN = 3, /* a local pod that the agent has not classified yet */
+	IDENTITY_FIRST = 16,
+	IDENTITY_ANY = 0xffffffff, /* wildcard in policy_key, never the identity of an address */
+};
+
+/* Policy ids below POLICY_FIRST have a fixed meaning; the agent allocates the others, one for each distinct set of rules. */
+enum policy_id {
+	POLICY_NONE = 0,      /* not isolated: everything is allowed, no lookup */
+	POLICY_NODE_ONLY = 1, /* policy not known yet: only traffic with this node (drop reason policy_pending) */
+	POLICY_FIRST = 16,
+};
+
+/*
+ * Why a packet was dropped. Append only, numbers are never reused: they are in counters, events and dashboards.
+ * The Go names come from this enum's BTF (bpf.DropReason), lower-cased and without the prefix.
+ */
+enum drop_reason {
+	DROP_NONE = 0,
+	DROP_TRUNCATED = 1,	       /* header lengths do not fit the packet */
+	DROP_UNKNOWN_ETHERTYPE = 2,    /* neither IPv4, IPv6 nor ARP */
+	DROP_UNKNOWN_PROTOCOL = 3,     /* transport protocol that Margay does not carry */
+	DROP_SPOOFED_ADDRESS = 4,      /* source address does not belong to the device */
+	DROP_SPOOFED_MAC = 5,	       /* source MAC does not belong to the device */
+	DROP_POLICY = 6,	       /* denied by policy; the event names the rule */
+	DROP_POLICY_PENDING = 7,       /* the pod's policy is not known yet (policyPending) */
+	DROP_SERVICE_NO_BACKEND = 8,   /* service without endpoints; the client was told (RST, port unreachable) */
+	DROP_SERVICE_NO_LOCAL = 9,     /* Local traffic policy and no endpoint here */
+	DROP_NO_ROUTE = 10,	       /* no route to the destination */
+	DROP_FRAGMENT = 11,	       /* IP fragment */
+	DROP_EXTENSION_HEADER = 12,    /* IPv6 extension header not known, or too many of them */
+	DROP_MULTICAST = 13,	       /* multicast or broadcast from a pod */
+	DROP_INVALID_ARP = 14,	       /* ARP that is no Ethernet/IPv4 request from the pod's own address */
+	DROP_INVALID_ND = 15,	       /* neighbour discovery that is no solicitation from the pod's own address */
+	DROP_ICMP_TYPE = 16,	       /* ICMP message that is neither echo nor an error */
+	DROP_NO_FLOW = 17,	       /* ICMP error or echo reply that belongs to no known flow */
+	DROP_FLOW_TABLE = 18,	       /* the flow table refused an entry */
+	DROP_NAT = 19,		       /* address rewrite failed */
+	DROP_REDIRECT = 20,	       /* the kernel refused the redirect */
+	DROP_INVALID_CONFIG = 21,      /* a map that must have an entry has none */
+	DROP_SOURCE_IS_LOCAL = 22,     /* packet from outside claims an address of this node or of one of its pods */
+	DROP_NAT_COLLISION = 23,       /* the translated tuple is taken by another flow */
+	DROP_SERVICE_UNKNOWN_PORT = 24, /* port that the service address does not serve */
+	DROP_REASONS = 25,	       /* count; keep last */
+};
+
+/* A packet's addresses as the flow table sees them. ICMP echo: the identifier is both ports. */
+struct flow_key {
+	struct addr src;
+	struct addr dst;
+	__be16 sport;
+	__be16 dport;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+enum flow_action {
+	FLOW_TO_STACK = 1, /* the host's own stack */
+	FLOW_TO_POD = 2,   /* MACs, then bpf_redirect_peer(out_ifindex) */
+	FLOW_TO_NETDEV = 3, /* bpf_redirect_neigh(out_ifindex), next hop by the kernel's route */
+};
+
+enum flow_flags {
+	FLOW_REPLY = 1,	     /* this direction answers the one that opened the flow */
+	FLOW_NAT = 2,	     /* rewrite to xlate */
+	FLOW_DENIED = 4,     /* policy turned against the flow: drop, keep the NAT binding */
+	FLOW_IN_POD = 8,     /* packets come from a pod: in_ifindex and in_mac are its own */
+	FLOW_SERVICE = 16,   /* service_id and service_epoch are valid */
+	FLOW_ADOPTED = 32,   /* action is FLOW_TO_STACK because another plugin's bridge or route leads on */
+};
+
+/* TCP flags seen in one direction of a flow. */
+enum flow_tcp {
+	FLOW_TCP_SYN = 1,
+	FLOW_TCP_FIN = 2,
+	FLOW_TCP_RST = 4,
+	FLOW_TCP_ESTABLISHED = 8, /* something beyond the SYN passed */
+};
+
+/*
+ * One direction of a flow, self-contained: everything that a known packet needs is in this one entry.
+ * The other direction's key is xlate with source and destination exchanged.
+ */
+struct flow {
+	__u32 last_seen;	/* seconds, CLOCK_MONOTONIC; written at most once a second */
+	__u32 route_epoch;	/* node_state.route_epoch it was computed under */
+	__u32 policy_id[2];	/* [EGRESS] of the opener, [INGRESS] of the other end; 0 where that end is no local pod */
+	__u32 policy_epoch[2];	/* policy_epochs of those ids */
+	__u32 service_id;	/* with FLOW_SERVICE */
+	__u32 service_epoch;
+	__u32 in_ifindex;	/* with FLOW_IN_POD: device its packets come from */
+	__u32 out_ifindex;
+	__u8 in_mac[6];		/* with FLOW_IN_POD: source MAC its packets must have */
+	__u8 dst_mac[6];	/* FLOW_TO_POD: written into the packet */
+	__u8 src_mac[6];
+	__u8 action;		/* enum flow_action */
+	__u8 tcp;		/* enum flow_tcp */
+	__u16 flags;		/* enum flow_flags */
+	__u8 pad[2];
+	struct flow_key xlate;	/* the tuple after translation; equals the key without FLOW_NAT */
+	__u32 rule_id;		/* rule that allowed, or with FLOW_DENIED denied, it; 0 = no policy */
+	__u32 csum_diff;	/* with FLOW_NAT: one's complement difference of the addresses and ports */
+	struct addr nexthop;	/* reserved: next hop or node address of the forwarding action */
+};
+
+/* A pod interface. Key of the map: each of its addresses. */
+struct endpoint {
+	__u32 ifindex;	    /* host-side device */
+	__u32 identity;
+	__u32 policy_id[2]; /* by enum direction */
+	__u32 flags;	    /* enum endpoint_flags */
+	__u8 mac[6];	    /* of the pod's interface */
+	__u8 host_mac[6];   /* of the host-side device: the pod's gateway */
+};
+
+enum endpoint_flags {
+	ENDPOINT_ADOPTED = 1, /* another plugin made the interface: ARP, ND and unknown destinations go to the stack */
+	ENDPOINT_PENDING = 2, /* policy was not known at ADD */
+};
+
+/* Hash of a pod's namespace, name and UID; of a namespace alone for its summary; of nothing for the node's summary. */
+struct pending_key {
+	__u8 hash[16];
+};
+
+struct pending {
+	__u32 identity;
+	__u32 policy_id[2]; /* by enum direction */
+	__u32 flags;	    /* enum pending_flags */
+};
+
+enum pending_flags {
+	PENDING_POD = 1,      /* a pod: identity and policy_id are its own */
+	PENDING_OPEN = 2,     /* a namespace in which no policy could select a pod (or, node summary: no policy anywhere) */
+	PENDING_RESTRICTED = 4, /* a namespace with policies (or, node summary: policies exist) */
+};
+
+struct ipcache_key {
+	__u32 prefixlen; /* bits of addr; IPv4: 96 + its own length */
+	struct addr addr;
+};
+
+struct ipcache_entry {
+	__u32 identity;
+	__u32 flags;	  /* reserved, zero */
+	struct addr node; /* node that the address lives on; zero: this one, or outside the cluster */
+};
+
+enum node_addr_flags {
+	NODE_ADDR_LOCAL = 1,	/* address of this node */
+	NODE_ADDR_NODEPORT = 2, /* NodePorts are served on it */
+	NODE_ADDR_REMOTE = 4,	/* address of another node */
+};
+
+/* Where a service is reached. NodePort: addr is zero, the packet's destination must be NODE_ADDR_NODEPORT. */
+struct frontend_key {
+	struct addr addr;
+	__be16 port;
+	__u8 proto;
+	__u8 pad;
+};
+
+/* Who asks decides which list of backends is used. */
+enum service_scope {
+	SCOPE_EXTERNAL = 0, /* the packet came from outside the node */
+	SCOPE_INTERNAL = 1, /* it came from a local pod or from the node itself */
+};
+
+struct service {
+	__u32 id;	 /* of the service port: shared by all its frontends; index of service_epochs */
+	__u32 list[2];	 /* by enum service_scope: backend list */
+	__u32 count[2];	 /* by enum service_scope: its length */
+	__u32 flags;	 /* enum service_flags */
+	__u32 affinity;	 /* reserved: session affinity timeout in seconds, 0 = none */
+	__u32 reserved;
+};
+
+enum service_flags {
+	SERVICE_DROP_EXTERNAL = 1, /* empty list for SCOPE_EXTERNAL means drop, not refuse: there are endpoints elsewhere */
+	SERVICE_DROP_INTERNAL = 2, /* the same for SCOPE_INTERNAL */
+};
+
+struct backend_key {
+	__u32 list;
+	__u32 slot; /* 0 … count - 1 */
+};
+
+struct backend {
+	struct addr addr;
+	__be16 port;
+	__u16 flags; /* reserved, zero */
+};
+
+/* Set membership: is this address still a serving backend of the service port? */
+struct service_backend {
+	__u32 service_id;
+	struct addr addr;
+	__be16 port;
+	__u16 pad;
+};
+
+/* Prefix lengths of policy_key: the fields that are always compared, then protocol, then port bits. */
+enum policy_prefix {
+	POLICY_PREFIX_BASE = 72,  /* any protocol */
+	POLICY_PREFIX_PROTO = 80, /* that protocol, any port */
+	POLICY_PREFIX_PORT = 96,  /* that protocol and port; 81 to 95: the port's leading bits */
+};
+
+struct policy_key {
+	__u32 prefixlen;
+	__u32 policy_id;
+	__u32 identity; /* of the peer, or IDENTITY_ANY */
+	__u8 direction;
+	__u8 proto;
+	__be16 port; /* destination port after service translation */
+};
+
+enum policy_verdict {
+	VERDICT_ALLOW = 1,
+	VERDICT_DENY = 2,
+};
+
+/*
+ * A packet may match one entry for its peer's identity and one for IDENTITY_ANY. The lower rank decides, then deny.
+ * Within one identity the longest prefix hides the shorter ones; the compiler has already settled their order.
+ * No entry: deny.
+ */
+struct policy_entry {
+	__u32 verdict; /* enum policy_verdict */
+	__u32 rank;
+	__u32 rule_id;
+	__u32 reserved;
+};
+
+struct counter {
+	__u64 packets;
+	__u64 bytes;
+};
+
+/* Written by the agent when something that flows depend on changes. One entry. */
+struct node_state {
+	__u32 route_epoch;
+	__u32 reserved[3];
+};
+
+enum event_type {
+	EVENT_DROP = 1,
+	EVENT_VERDICT = 2, /* a new flow was judged (only with cfg_verdict_events) */
+};
+
+struct event {
+	__u64 time; /* nanoseconds, CLOCK_MONOTONIC */
+	__u8 type;	/* enum event_type */
+	__u8 hook;	/* enum hook */
+	__u8 direction; /* enum direction */
+	__u8 reason;	/* enum drop_reason */
+	__u32 ifindex;	/* device of the hook */
+	__u32 rule_id;
+	__u32 length; /* bytes from the Ethernet header */
+	struct flow_key tuple; /* at the hook; policy drops: after service translation */
+};
+
+/* Rate limit of events, per CPU. */
+struct event_budget {
+	__u32 second;
+	__u32 used;
+};
+
+/* Input and output of the sweep_flows program. */
+struct sweep {
+	__u32 now;	/* in: seconds, CLOCK_MONOTONIC */
+	__u32 visited;	/* out */
+	__u32 deleted;	/* out */
+	__u32 reserved;
+};
+
+_Static_assert(sizeof(struct addr) == 16, "addr");
+_Static_assert(sizeof(struct flow_key) == 40, "flow_key");
+_Static_assert(sizeof(struct flow) == 128, "flow");
+_Static_assert(sizeof(struct endpoint) == 32, "endpoint");
+_Static_assert(sizeof(struct ipcache_key) == 20, "ipcache_key");
+_Static_assert(sizeof(struct ipcache_entry) == 24, "ipcache_entry");
+_Static_assert(sizeof(struct frontend_key) == 20, "frontend_key");
+_Static_assert(sizeof(struct service) == 32, "service");
+_Static_assert(sizeof(struct backend) == 20, "backend");
+_Static_assert(sizeof(struct service_backend) == 24, "service_backend");
+_Static_assert(sizeof(struct policy_key) == 16, "policy_key");
+_Static_assert(sizeof(struct event) == 64, "event");

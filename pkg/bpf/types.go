@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"github.com/margay-cni/margay/pkg/addr"
+)
+
+// The types of bpf/types.h. Fields named Port, Sport and Dport are in network byte order: use the constructors and methods here.
+type (
+	Addr           = dpAddr
+	FlowKey        = dpFlowKey
+	Flow           = dpFlow
+	Endpoint       = dpEndpoint
+	PendingKey     = dpPendingKey
+	Pending        = dpPending
+	IPCacheKey     = dpIpcacheKey
+	IPCacheEntry   = dpIpcacheEntry
+	FrontendKey    = dpFrontendKey
+	Service        = dpService
+	BackendKey     = dpBackendKey
+	Backend        = dpBackend
+	ServiceBackend = dpServiceBackend
+	PolicyKey      = dpPolicyKey
+	PolicyEntry    = dpPolicyEntry
+	Counter        = dpCounter
+	NodeState      = dpNodeState
+	Event          = dpEvent
+	Sweep          = dpSweep
+)
+
+// Policy directions, index of PolicyId arrays.
+const (
+	Egress  = uint32(dpDirectionEGRESS)
+	Ingress = uint32(dpDirectionINGRESS)
+)
+
+// Identities with a fixed meaning; the agent allocates from IdentityFirst.
+const (
+	IdentityWorld      = uint32(dpIdentityIDENTITY_WORLD)
+	IdentityHost       = uint32(dpIdentityIDENTITY_HOST)
+	IdentityRemoteNode = uint32(dpIdentityIDENTITY_REMOTE_NODE)
+	IdentityPodUnknown = uint32(dpIdentityIDENTITY_POD_UNKNOWN)
+	IdentityFirst      = uint32(dpIdentityIDENTITY_FIRST)
+	IdentityAny        = uint32(dpIdentityIDENTITY_ANY)
+)
+
+// Policy ids with a fixed meaning; the agent allocates from PolicyFirst.
+const (
+	PolicyNone     = uint32(dpPolicyIdPOLICY_NONE)
+	PolicyNodeOnly = uint32(dpPolicyIdPOLICY_NODE_ONLY)
+	PolicyFirst    = uint32(dpPolicyIdPOLICY_FIRST)
+)
+
+// Flags and values of the map entries; bpf/types.h says what each means.
+const (
+	EndpointAdopted = uint32(dpEndpointFlagsENDPOINT_ADOPTED)
+	EndpointPending = uint32(dpEndpointFlagsENDPOINT_PENDING)
+
+	PendingPod        = uint32(dpPendingFlagsPENDING_POD)
+	PendingOpen       = uint32(dpPendingFlagsPENDING_OPEN)
+	PendingRestricted = uint32(dpPendingFlagsPENDING_RESTRICTED)
+
+	NodeAddrLocal    = uint32(dpNodeAddrFlagsNODE_ADDR_LOCAL)
+	NodeAddrNodePort = uint32(dpNodeAddrFlagsNODE_ADDR_NODEPORT)
+	NodeAddrRemote   = uint32(dpNodeAddrFlagsNODE_ADDR_REMOTE)
+
+	ScopeExternal = uint32(dpServiceScopeSCOPE_EXTERNAL)
+	ScopeInternal = uint32(dpServiceScopeSCOPE_INTERNAL)
+
+	ServiceDropExternal = uint32(dpServiceFlagsSERVICE_DROP_EXTERNAL)
+	ServiceDropInternal = uint32(dpServiceFlagsSERVICE_DROP_INTERNAL)
+
+	PolicyPrefixBase  = uint32(dpPolicyPrefixPOLICY_PREFIX_BASE)
+	PolicyPrefixProto = uint32(dpPolicyPrefixPOLICY_PREFIX_PROTO)
+	PolicyPrefixPort  = uint32(dpPolicyPrefixPOLICY_PREFIX_PORT)
+
+	VerdictAllow = uint32(dpPolicyVerdictVERDICT_ALLOW)
+	VerdictDeny  = uint32(dpPolicyVerdictVERDICT_DENY)
+
+	FlowToStack  = uint8(dpFlowActionFLOW_TO_STACK)
+	FlowToPod    = uint8(dpFlowActionFLOW_TO_POD)
+	FlowToNetdev = uint8(dpFlowActionFLOW_TO_NETDEV)
+
+	FlowReply   = uint16(dpFlowFlagsFLOW_REPLY)
+	FlowNAT     = uint16(dpFlowFlagsFLOW_NAT)
+	FlowDenied  = uint16(dpFlowFlagsFLOW_DENIED)
+	FlowInPod   = uint16(dpFlowFlagsFLOW_IN_POD)
+	FlowService = uint16(dpFlowFlagsFLOW_SERVICE)
+
+	FlowTCPSyn         = uint8(dpFlowTcpFLOW_TCP_SYN)
+	FlowTCPFin         = uint8(dpFlowTcpFLOW_TCP_FIN)
+	FlowTCPRst         = uint8(dpFlowTcpFLOW_TCP_RST)
+	FlowTCPEstablished = uint8(dpFlowTcpFLOW_TCP_ESTABLISHED)
+
+	EventDrop    = uint8(dpEventTypeEVENT_DROP)
+	EventVerdict = uint8(dpEventTypeEVENT_VERDICT)
+)
+
+// NewAddr returns the map form of a.
+func NewAddr(a netip.Addr) Addr {
+	return Addr{B: addr.As16(a)}
+}
+
+// Netip returns a as net/netip knows it; an IPv4-mapped address comes back as IPv4.
+func (a dpAddr) Netip() netip.Addr {
+	return addr.From16(a.B)
+}
+
+// Port16 converts a port between the byte order of the machine and the network's; it is its own inverse.
+func Port16(p uint16) uint16 {
+	var b [2]byte
+	binary.BigEndian.PutUint16(b[:], p)
+	return binary.NativeEndian.Uint16(b[:])
+}
+
+// NewFlowKey returns the key of packets from src to dst. For ICMP echo both ports are the identifier.
+func NewFlowKey(proto uint8, src, dst netip.AddrPort) FlowKey {
+	return FlowKey{
+		Src: NewAddr(src.Addr()), Sport: Port16(src.Port()),
+		Dst: NewAddr(dst.Addr()), Dport: Port16(dst.Port()),
+		Proto: proto,
+	}
+}
+
+// Source returns where the key's packets come from.
+func (k dpFlowKey) Source() netip.AddrPort {
+	return netip.AddrPortFrom(k.Src.Netip(), Port16(k.Sport))
+}
+
+// Destination returns where the key's packets go.
+func (k dpFlowKey) Destination() netip.AddrPort {
+	return netip.AddrPortFrom(k.Dst.Netip(), Port16(k.Dport))
+}
+
+// Reverse returns the key of the answering packets.
+func (k dpFlowKey) Reverse() FlowKey {
+	k.Src, k.Dst, k.Sport, k.Dport = k.Dst, k.Src, k.Dport, k.Sport
+	return k
+}
+
+// NewFrontendKey returns the key of a service address. The zero netip.Addr stands for a NodePort on every NodePort address.
+func NewFrontendKey(proto uint8, a netip.Addr, port uint16) FrontendKey {
+	k := FrontendKey{Port: Port16(port), Proto: proto}
+	if a.IsValid() {
+		k.Addr = NewAddr(a)
+	}
+	return k
+}
+
+// NewBackend returns the value of one backend.
+func NewBackend(ap netip.AddrPort) Backend {
+	return Backend{Addr: NewAddr(ap.Addr()), Port: Port16(ap.Port())}
+}
+
+// AddrPort returns where the backend listens.
+func (b dpBackend) AddrPort() netip.AddrPort {
+	return netip.AddrPortFrom(b.Addr.Netip(), Port16(b.Port))
+}
+
+// NewServiceBackend returns the member of the set of backends that still serve.
+func NewServiceBackend(service uint32, ap netip.AddrPort) ServiceBackend {
+	return ServiceBackend{ServiceId: service, Addr: NewAddr(ap.Addr()), Port: Port16(ap.Port())}
+}
+
+// NewIPCacheKey returns the LPM key of p.
+func NewIPCacheKey(p netip.Prefix) IPCacheKey {
+	b, bits := addr.MapPrefix(p)
+	return IPCacheKey{Prefixlen: uint32(bits), Addr: Addr{B: b}}
+}
+
+// Prefix returns the prefix that the key stands for.
+func (k dpIpcacheKey) Prefix() (netip.Prefix, error) {
+	return addr.UnmapPrefix(k.Addr.B, int(k.Prefixlen))
+}

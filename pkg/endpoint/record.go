@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package endpoint owns the record files under <run>/endpoints: one JSON file for each pod interface that Margay serves, written by the
+// CNI plugin before ADD returns and removed by DEL. They are the truth from which the agent can rebuild the maps, and where everything
+// that shows addresses finds pod names. Records are written to a temporary file and renamed, so a reader never sees half of one.
+package endpoint
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Record is one pod interface.
+type Record struct {
+	// Version of the record's layout; readers refuse a newer one.
+	Version int `json:"version"`
+	// ContainerID and IfName are CNI_CONTAINERID and CNI_IFNAME: together they name the attachment.
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifName"`
+	// Netns is CNI_NETNS, the path of the pod's network namespace at ADD.
+	Netns string `json:"netns"`
+	// Network is the name of the CNI network (the conflist's name).
+	Network string `json:"network"`
+	// Namespace, Name and UID are the pod's, from CNI_ARGS; empty where the runtime knows no pods.
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid,omitempty"`
+	// Labels come from the args.cni.labels convention, for machines without Kubernetes.
+	Labels map[string]string `json:"labels,omitempty"`
+	// Addresses of the pod's interface.
+	Addresses []netip.Addr `json:"addresses"`
+	// MAC of the pod's interface, HostMAC of the host-side device.
+	MAC     string `json:"mac"`
+	HostMAC string `json:"hostMAC"`
+	// HostIfName and HostIfindex name the host-side device.
+	HostIfName  string `json:"hostIfName"`
+	HostIfindex int    `json:"hostIfindex"`
+	// Adopted says that another plugin made the interface.
+	Adopted bool `json:"adopted,omitempty"`
+	// Policy says what the pod started with: "published", "open" or "node-only" (architecture promise 2).
+	Policy string `json:"policy,omitempty"`
+	// Created is when ADD registered the endpoint.
+	Created time.Time `json:"created"`
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package state is the snapshot of the cluster that every source (Kubernetes API, a directory of manifests, the node's own endpoint
+// records) fills and every compiler reads. The objects are trimmed to what Margay uses, immutable once in a snapshot, and know nothing
+// of how they were read or of how they reach the kernel.
+package state
+
+import (
+	"fmt"
+	"net/netip"
+
+	networkingv1 "k8s.io/api/networking/v1"
+)
+
+// Key names a namespaced object.
+type Key struct {
+	Namespace string
+	Name      string
+}
+
+func (k Key) String() string {
+	return k.Namespace + "/" + k.Name
+}
+
+// Protocol is an IANA protocol number, as the maps hold it.
+type Protocol uint8
+
+// The transport protocols that services and policies name.
+const (
+	TCP  Protocol = 6
+	UDP  Protocol = 17
+	SCTP Protocol = 132
+)
+
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "TCP"
+	case UDP:
+		return "UDP"
+	case SCTP:
+		return "SCTP"
+	case 1:
+		return "ICMP"
+	case 58:
+		return "ICMPv6"
+	}
+	return fmt.Sprintf("protocol-%d", uint8(p))
+}
+
+// Snapshot is one consistent view. Treat it as read-only: a source publishes a new one for each change and may share objects
+// between snapshots.
+type Snapshot struct {
+	Namespaces      map[string]*Namespace
+	Pods            map[Key]*Pod
+	Services        map[Key]*Service
+	EndpointSlices  map[Key]*EndpointSlice
+	NetworkPolicies map[Key]*NetworkPolicy
+	Nodes           map[string]*Node
+}
+
+// NewSnapshot returns an empty snapshot whose maps may be written.
+func NewSnapshot() *Snapshot {
+	return &Snapshot{
+		Namespaces:      map[string]*Namespace{},
+		Pods:            map[Key]*Pod{},
+		Services:        map[Key]*Service{},
+		EndpointSlices:  map[Key]*EndpointSlice{},
+		NetworkPolicies: map[Key]*NetworkPolicy{},
+		Nodes:           map[string]*Node{},
+	}
+}
+
+// Namespace is a namespace's labels. The label kubernetes.io/metadata.name is always present: the source adds it where there is no
+// API server to do so (contract row N5).
+type Namespace struct {
+	Name   string
+	Labels map[string]string
+}
+
+// Pod is what policies and services need of a pod.
+type Pod struct {
+	Key
+	UID    string
+	Labels map[string]string
+	// IPs may be empty for a pod that is scheduled but not started.
+	IPs []netip.Addr
+	// Node is spec.nodeName; Local says whether that is this node.
+	Node  string
+	Local bool
+	// HostNetwork pods have the node's addresses and are neither policy subject nor pod peer (contract row N11).
+	HostNetwork bool
+	// Finished pods (Succeeded or Failed) have given their addresses back.
+	Finished    bool
+	Ready       bool
+	Terminating bool
+	// Ports are the containers' named and unnamed ports.
+	Ports []ContainerPort
+}
+
+// ContainerPort is one declared port of a container.
+type ContainerPort struct {
+	Name     string
+	Protocol Protocol
+	Port     uint16
+}
+
+// NetworkPolicy is a networking.k8s.io/v1 NetworkPolicy, defaults applied (policyTypes set).
+type NetworkPolicy struct {
+	Key
+	Spec networkingv1.NetworkPolicySpec
+}
+
+// ServiceType is spec.type.
+type ServiceType string
+
+// The service types that have frontends.
+const (
+	ClusterIP    ServiceType = "ClusterIP"
+	NodePort     ServiceType = "NodePort"
+	LoadBalancer ServiceType = "LoadBalancer"
+)
+
+// Service is a service that takes part in load balancing: not headless, not ExternalName, not another proxy's (contract rows I1, I2).
+type Service struct {
+	Key
+	Type        ServiceType
+	ClusterIPs  []netip.Addr
+	ExternalIPs []netip.Addr
+	// LoadBalancerIPs are status.loadBalancer.ingress[].ip with ipMode VIP (row V3).
+	LoadBalancerIPs []netip.Addr
+	Ports           []ServicePort
+	// Selector is used only where no EndpointSlice controller runs: the manifest source makes slices from it.
+	Selector map[string]string
+	// InternalLocal and ExternalLocal say that the traffic policy is Local.
+	InternalLocal bool
+	ExternalLocal bool
+	// AffinitySeconds is the ClientIP affinity timeout; 0 means none.
+	AffinitySeconds uint32
+	// PublishNotReady is spec.publishNotReadyAddresses.
+	PublishNotReady bool
+}
+
+// ServicePort is one port of a service. Slices are joined by (Name, Protocol), never by number (row I5).
+type ServicePort struct {
+	Name     string
+	Protocol Protocol
+	Port     uint16
+	NodePort uint16
+	// TargetPort and TargetName are used only where slices are made from the selector. Both empty means Port.
+	TargetPort uint16
+	TargetName string
+}
+
+// EndpointSlice is a discovery.k8s.io/v1 EndpointSlice of one address family.
+type EndpointSlice struct {
+	Key
+	Service   Key
+	IPv6      bool
+	Endpoints []Endpoint
+	Ports     []SlicePort
+}
+
+// SlicePort is a port of every endpoint in the slice; slices without a port number are dropped by the source (row I6).
+type SlicePort struct {
+	Name     string
+	Protocol Protocol
+	Port     uint16
+}
+
+// Endpoint is one endpoint of a slice, condition defaults applied (row I8).
+type Endpoint struct {
+	Addr        netip.Addr
+	Node        string
+	Zone        string
+	Ready       bool
+	Serving     bool
+	Terminating bool
+	// ForZones and ForNodes are topology hints (row S4).
+	ForZones []string
+	ForNodes []string
+}
+
+// Node is a cluster node.
+type Node struct {
+	Name   string
+	Labels map[string]string
+	// Addresses are the InternalIPs, primary first.
+	Addresses []netip.Addr
+	PodCIDRs  []netip.Prefix
+}
