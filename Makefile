@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# `make` alone prints the targets. No target needs a container, nor any network beyond the Go module proxy and Debian's packages.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+# Time for one benchmark, and for one fuzz target.
+BENCHTIME ?= 1s
+FUZZTIME ?= 20s
+# Further flags for every go test, for example TESTFLAGS='-run TestAdd -v'.
+TESTFLAGS ?=
+# Flags for bin/margay-install, for example INSTALL_FLAGS='--bin-dir /usr/local/bin'.
+INSTALL_FLAGS ?=
+
+BINARIES := margay margay-ipam margay-agent margayctl margay-install
+main_margay := ./plugin
+main_margay-ipam := ./ipam
+main_margay-agent := ./agent
+main_margayctl := ./ctl
+main_margay-install := ./install
+
+# The C compiler is pinned, because the committed objects are compared byte for byte. -nostdinc: bpf/headers is all that they see.
+export BPF2GO_CC := clang-19
+export BPF2GO_STRIP := llvm-strip-19
+export BPF2GO_CFLAGS := -O2 -g -Wall -Wextra -Werror -mcpu=v3 -nostdinc -fno-ident -I../../bpf
+
+STATICCHECK := go tool -modfile=hack/tools/go.mod staticcheck
+SCRIPTS = $(shell grep -rlE '^#!.*\b(ba)?sh\b' hack .ci)
+
+# Packages whose tests import internal/testutil need root (privileged.Require is there) and are tested by test-root, the others by
+# test-unit. $(1) is the sense of the grep.
+packages = $(shell go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}' ./... | grep $(1) ' .*/internal/testutil/' | cut -d ' ' -f 1)
+
+.PHONY: help build $(BINARIES) demo test test-unit test-root lint fmt generate generate-check bench fuzz ci deps clean install uninstall
+
+help: ## Print this list
+	@echo 'Margay $(VERSION)'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r target text; do \
+		printf '  %-16s%s\n' "$$target" "$$text"; done
+
+build: $(BINARIES) ## Build the static binaries into bin/
+
+$(BINARIES):
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/$@ $(main_$@)
+
+demo: build ## Show Margay at work: real pods, packets and bytes on this machine (needs root)
+	./hack/demo
+
+test: test-unit test-root ## Run every test; as root also the ones that need it
+
+test-unit: ## Run the tests of the packages that need no root (with the race detector in CI)
+	go test $(if $(CI),-race) -timeout 5m $(TESTFLAGS) $(call packages,-v)
+
+# One package at a time: some of them measure, and all of them share the two cores of a CI machine.
+test-root: ## Run the tests of the packages that need root; without it most of them are skipped
+	@[[ $$EUID -eq 0 ]] || echo 'test-root: not root: the tests that need it are skipped'
+	@packages='$(call packages,-e)'; [[ -z $$packages ]] || \
+		{ set -x; go test -count=1 -p 1 -timeout 20m $(TESTFLAGS) $$packages; }
+
+lint: ## gofmt, go vet, staticcheck, shellcheck
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }
+	go vet ./...
+	$(STATICCHECK) ./...
+	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); else echo 'lint: no shellcheck here: scripts are not checked (make deps)'; [[ -z "$${CI:-}" ]]; fi
+
+fmt: ## Format the Go files
+	gofmt -w $$(git ls-files '*.go')
+
+generate: ## Compile bpf/ and generate pkg/bpf from it (needs clang-19: make deps)
+	@command -v $(BPF2GO_CC) >/dev/null || { echo 'generate: no $(BPF2GO_CC) here: make deps'; exit 1; }
+	cd pkg/bpf && go generate ./...
+
+generate-check: generate ## Require that the committed generated files are what bpf/ generates
+	@changed=$$(git status --porcelain -- pkg/bpf); [[ -z $$changed ]] || \
+		{ git --no-pager diff --stat -- pkg/bpf; echo "generate-check: not what is committed:"; echo "$$changed"; exit 1; }
+
+bench: ## Run every benchmark (BENCHTIME=1s for each; as root also the ones that need it)
+	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -p 1 -timeout 30m $(TESTFLAGS) ./...
+
+fuzz: ## Run every fuzz target for FUZZTIME=20s
+	hack/fuzz $(FUZZTIME)
+
+ci: export REQUIRE_PRIVILEGED = 1
+ci: ## What .ci/run runs: deps, lint, generate-check, build, test as root, every benchmark once
+	$(MAKE) deps
+	$(MAKE) lint
+	$(MAKE) generate-check
+	$(MAKE) build
+	$(MAKE) test CI=true
+	$(MAKE) bench BENCHTIME=1x
+
+deps: ## Install the Debian packages of hack/deps.txt that are missing
+	hack/install-deps
+
+clean: ## Remove what was built
+	rm -rf bin build
+
+install: ## Install what was built on this machine (as root, after make build)
+	@[[ -x bin/margay-install ]] || { echo 'install: nothing built yet: make build'; exit 1; }
+	bin/margay-install $(INSTALL_FLAGS)
+
+uninstall: ## Remove every trace of Margay from this machine (as root)
+	@[[ -x bin/margay-install ]] || { echo 'uninstall: bin/margay-install is not built: make build'; exit 1; }
+	bin/margay-install --uninstall $(INSTALL_FLAGS)
