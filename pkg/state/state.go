@@ -129,7 +129,9 @@ type Service struct {
 	ExternalIPs []netip.Addr
 	// LoadBalancerIPs are status.loadBalancer.ingress[].ip with ipMode VIP (row V3).
 	LoadBalancerIPs []netip.Addr
-	Ports           []ServicePort
+	// LoadBalancerSourceRanges limit who may use LoadBalancerIPs, and nothing else (row V10).
+	LoadBalancerSourceRanges []netip.Prefix
+	Ports                    []ServicePort
 	// Selector is used only where no EndpointSlice controller runs: the manifest source makes slices from it.
 	Selector map[string]string
 	// InternalLocal and ExternalLocal say that the traffic policy is Local.
