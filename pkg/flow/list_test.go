@@ -33,7 +33,7 @@ func families() []family {
 }
 
 func (f family) names() *Names {
-	return NewNames([]endpoint.Record{
+	return NewNames([]*endpoint.Record{
 		{ContainerID: "c1", Namespace: "default", Name: "client", Addresses: []netip.Addr{f.client}},
 		{ContainerID: "c2", Namespace: "default", Name: "web-1", Addresses: []netip.Addr{f.web}},
 	}, map[uint32]string{4: "default/web:http"}, map[uint32]string{17: "default/allow-web"})

@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
 )
@@ -26,7 +25,7 @@ const (
 
 // Names gives addresses and ids the names that people know. The zero value and a nil *Names know none.
 type Names struct {
-	records  []endpoint.Record
+	records  []*endpoint.Record
 	pods     map[netip.Addr]string
 	services map[uint32]string
 	rules    map[uint32]string
@@ -35,7 +34,7 @@ type Names struct {
 // LoadNames reads the endpoint records and the agent's name files under the run directory. What is missing is simply not named. A file
 // that cannot be read or decoded is reported in the error, and the returned Names still hold everything else.
 func LoadNames(run string) (*Names, error) {
-	records, errRecords := readRecords(filepath.Join(run, "endpoints"))
+	records, errRecords := endpoint.NewStore(run).List()
 	n := NewNames(records, nil, nil)
 	errServices := readJSON(filepath.Join(run, ServicesFile), &n.services)
 	errRules := readJSON(filepath.Join(run, RulesFile), &n.rules)
@@ -43,7 +42,7 @@ func LoadNames(run string) (*Names, error) {
 }
 
 // NewNames returns names for the pods of records, the services and the rules.
-func NewNames(records []endpoint.Record, services, rules map[uint32]string) *Names {
+func NewNames(records []*endpoint.Record, services, rules map[uint32]string) *Names {
 	n := &Names{records: records, pods: map[netip.Addr]string{}, services: services, rules: rules}
 	for _, r := range records {
 		for _, a := range r.Addresses {
@@ -54,7 +53,7 @@ func NewNames(records []endpoint.Record, services, rules map[uint32]string) *Nam
 }
 
 // PodName returns "namespace/name" of the record's pod, or, where the runtime named no pod, the start of the container ID.
-func PodName(r endpoint.Record) string {
+func PodName(r *endpoint.Record) string {
 	if r.Name == "" {
 		return r.ContainerID[:min(12, len(r.ContainerID))]
 	}
@@ -62,7 +61,7 @@ func PodName(r endpoint.Record) string {
 }
 
 // Records returns the endpoint records that the names come from.
-func (n *Names) Records() []endpoint.Record {
+func (n *Names) Records() []*endpoint.Record {
 	if n == nil {
 		return nil
 	}
@@ -102,30 +101,6 @@ func (n *Names) Rule(id uint32) string {
 		return ""
 	}
 	return n.rules[id]
-}
-
-// readRecords reads the *.json files of dir; a missing directory holds none.
-func readRecords(dir string) ([]endpoint.Record, error) {
-	files, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list endpoint records: %w", err)
-	}
-	var (
-		records []endpoint.Record
-		errs    []error
-	)
-	for _, f := range files {
-		if !strings.HasSuffix(f.Name(), ".json") {
-			continue
-		}
-		var r endpoint.Record
-		if err := readJSON(filepath.Join(dir, f.Name()), &r); err != nil {
-			errs = append(errs, err)
-		} else if r.ContainerID != "" {
-			records = append(records, r)
-		}
-	}
-	return records, errors.Join(errs...)
 }
 
 // readJSON decodes a file into v; a missing file leaves v as it is.

@@ -29,6 +29,8 @@ func writeRun(t *testing.T, files map[string]string) string {
 	return run
 }
 
+const clientFile = "endpoints/c0ffee0123456789-eth0.json"
+
 const clientRecord = `{"version":1,"containerID":"c0ffee0123456789","ifName":"eth0","namespace":"default","name":"client",
 	"addresses":["10.1.0.5","fd00:1::5"],"hostIfName":"veth1","hostIfindex":7}`
 
@@ -45,25 +47,25 @@ func TestLoadNames(t *testing.T) {
 		{
 			name: "everything",
 			files: map[string]string{
-				"endpoints/c0ffee-eth0.json": clientRecord,
-				"services.json":              `{"4":"default/web:http"}`,
-				"rules.json":                 `{"17":"default/allow-web ingress[0]"}`,
+				clientFile:      clientRecord,
+				"services.json": `{"4":"default/web:http"}`,
+				"rules.json":    `{"17":"default/allow-web ingress[0]"}`,
 			},
 			wantPod: "default/client", wantService: "default/web:http", wantRl: "default/allow-web ingress[0]",
 		},
 		{
 			name:    "no pod name: the container's ID",
-			files:   map[string]string{"endpoints/a.json": `{"containerID":"c0ffee0123456789","addresses":["10.1.0.5","fd00:1::5"]}`},
+			files:   map[string]string{clientFile: `{"containerID":"c0ffee0123456789","ifName":"eth0","addresses":["10.1.0.5","fd00:1::5"]}`},
 			wantPod: "c0ffee012345",
 		},
 		{
 			name:    "temporary files are no records",
-			files:   map[string]string{"endpoints/.a.tmp": "{", "endpoints/a.json": clientRecord},
+			files:   map[string]string{"endpoints/.a.tmp": "{", clientFile: clientRecord},
 			wantPod: "default/client",
 		},
 		{
 			name:    "one broken file does not hide the others",
-			files:   map[string]string{"endpoints/a.json": clientRecord, "endpoints/b.json": "{", "rules.json": `{"17":"r"}`},
+			files:   map[string]string{clientFile: clientRecord, "endpoints/b.json": "{", "rules.json": `{"17":"r"}`},
 			wantPod: "default/client", wantRl: "r",
 			wantErr: "b.json",
 		},
@@ -95,7 +97,7 @@ func TestLoadNames(t *testing.T) {
 }
 
 func TestPodAddrs(t *testing.T) {
-	n, err := LoadNames(writeRun(t, map[string]string{"endpoints/a.json": clientRecord}))
+	n, err := LoadNames(writeRun(t, map[string]string{clientFile: clientRecord}))
 	if err != nil {
 		t.Fatal(err)
 	}
