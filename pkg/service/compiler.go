@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package service
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"math"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// Compiler turns snapshots into results. It remembers the numbers it gave and the order of the slots. Not safe for concurrent use.
+type Compiler struct {
+	node       string
+	ids, lists allocator
+	ports      map[portKey]*port
+}
+
+// NewCompiler returns a compiler for the node of that name, with no numbers given yet.
+func NewCompiler(node string) *Compiler {
+	return &Compiler{
+		node:  node,
+		ids:   allocator{next: 1, max: MaxServiceID},
+		lists: allocator{next: 1, max: math.MaxUint32},
+		ports: map[portKey]*port{},
+	}
+}
+
+// Compile computes this node's services from a snapshot. What cannot be served is left out and named in the result's Problems.
+func (c *Compiler) Compile(s *state.Snapshot) *Result {
+	r := &run{
+		compiler: c,
+		slices:   indexSlices(s),
+		used:     make(map[portKey]bool, len(c.ports)),
+		result: &Result{
+			Frontends: make(map[Frontend]Service, len(s.Services)),
+			Lists:     make(map[uint32][]netip.AddrPort, len(s.Services)),
+			Serving:   map[Member]struct{}{},
+		},
+	}
+	if n := s.Nodes[c.node]; n != nil {
+		r.zone = n.Labels[corev1.LabelTopologyZone]
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(s.Services), compareKeys) {
+		r.compileService(s.Services[key])
+	}
+	r.placeFrontends()
+	r.releaseUnused()
+	slices.SortStableFunc(r.result.Problems, func(a, b Problem) int { return compareKeys(a.Service, b.Service) })
+	return r.result
+}
+
+// run is one compilation.
+type run struct {
+	compiler *Compiler
+	zone     string
+	slices   sliceIndex
+	used     map[portKey]bool
+	// freed are list numbers to be released at the end: none is used twice in one compilation.
+	freed  []uint32
+	claims []claim
+	result *Result
+}
+
+func (r *run) problem(service state.Key, format string, args ...any) {
+	r.result.Problems = append(r.result.Problems, Problem{Service: service, Message: fmt.Sprintf(format, args...)})
+}
+
+func (r *run) compileService(svc *state.Service) {
+	for _, port := range svc.Ports {
+		for _, ipv6 := range []bool{false, true} {
+			// A service takes part in a family only through a cluster address (row I4).
+			if len(ofFamily(svc.ClusterIPs, ipv6)) > 0 {
+				r.compilePort(svc, port, ipv6)
+			}
+		}
+	}
+}
+
+func (r *run) compilePort(svc *state.Service, sp state.ServicePort, ipv6 bool) {
+	key := portKey{service: svc.Key, port: sp.Name, protocol: sp.Protocol, ipv6: ipv6}
+	if r.used[key] {
+		r.problem(svc.Key, "port %q with %s is there twice", sp.Name, sp.Protocol)
+		return
+	}
+	p, ok := r.port(key)
+	if !ok {
+		r.problem(svc.Key, "all %d service ids are in use: port %d is not served", MaxServiceID, sp.Port)
+		return
+	}
+	chosen := selectEndpoints(mergeEndpoints(r.slices[svc.Key], sp, ipv6, r.compiler.node), r.compiler.node, r.zone)
+	for _, b := range chosen.serving {
+		r.result.Serving[Member{Service: p.id, Backend: b}] = struct{}{}
+	}
+	outside, problems := outsideAddrs(svc, sp, ipv6)
+	for _, message := range problems {
+		r.problem(svc.Key, "%s", message)
+	}
+	// Outside addresses need the cluster list whatever their policy is: traffic that starts on this node uses it (row V4).
+	r.update(&p.cluster, chosen.cluster, !svc.InternalLocal || len(outside) > 0)
+	r.update(&p.local, chosen.local, svc.InternalLocal || (svc.ExternalLocal && len(outside) > 0))
+	byPolicy := map[bool]*list{false: &p.cluster, true: &p.local}
+
+	base := Service{ID: p.id, AffinitySeconds: svc.AffinitySeconds, Name: svc.Key, PortName: sp.Name}
+	inside := base.with(byPolicy[svc.InternalLocal], byPolicy[svc.InternalLocal], chosen.any)
+	for _, a := range ofFamily(svc.ClusterIPs, ipv6) {
+		if a.IsUnspecified() {
+			r.problem(svc.Key, "cluster address %s cannot be served", a)
+			continue
+		}
+		r.claim(netip.AddrPortFrom(a, sp.Port), sp.Protocol, clusterIP, inside)
+	}
+	for _, o := range outside {
+		r.claim(o.addr, sp.Protocol, o.kind, base.with(byPolicy[svc.ExternalLocal], &p.cluster, chosen.any))
+	}
+}
+
+// port returns what is remembered of a service port, numbering it when it is new.
+func (r *run) port(key portKey) (*port, bool) {
+	p := r.compiler.ports[key]
+	if p == nil {
+		id, ok := r.compiler.ids.take()
+		if !ok {
+			return nil, false
+		}
+		p = &port{id: id}
+		r.compiler.ports[key] = p
+	}
+	r.used[key] = true
+	return p, true
+}
+
+// update gives a list its new backends, a number if it needs one, and takes that back when nobody uses the list any more.
+func (r *run) update(l *list, backends []netip.AddrPort, wanted bool) {
+	if !wanted {
+		r.free(l)
+		return
+	}
+	if l.number == 0 {
+		// Lists cannot be used up: there are fewer service ports than a list number has values by far.
+		l.number, _ = r.compiler.lists.take()
+	}
+	l.slots = assignSlots(l.slots, backends)
+	r.result.Lists[l.number] = l.slots
+}
+
+// free marks a list as unused.
+func (r *run) free(l *list) {
+	if l.number != 0 {
+		r.freed = append(r.freed, l.number)
+		*l = list{}
+	}
+}
+
+// releaseUnused takes back the numbers that nothing uses any more, in an order that depends on nothing but names.
+func (r *run) releaseUnused() {
+	c := r.compiler
+	for _, key := range slices.SortedFunc(maps.Keys(c.ports), portKey.compare) {
+		if !r.used[key] {
+			p := c.ports[key]
+			c.ids.release(p.id)
+			r.free(&p.cluster)
+			r.free(&p.local)
+			delete(c.ports, key)
+		}
+	}
+	for _, n := range r.freed {
+		c.lists.release(n)
+	}
+}
+
+// with returns s with a list for each scope.
+func (s Service) with(external, internal *list, anyEndpoint bool) Service {
+	for scope, l := range [2]*list{External: external, Internal: internal} {
+		s.Lists[scope] = l.number
+		s.Counts[scope] = uint32(len(l.slots))
+		s.DropEmpty[scope] = anyEndpoint && len(l.slots) == 0
+	}
+	return s
+}
+
+func (r *run) claim(a netip.AddrPort, proto state.Protocol, k kind, s Service) {
+	r.claims = append(r.claims, claim{frontend: Frontend{Addr: a.Addr(), Port: a.Port(), Protocol: proto}, kind: k, service: s})
+}
+
+func compareKeys(a, b state.Key) int {
+	return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+}
