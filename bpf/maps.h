@@ -105,13 +105,17 @@ struct {
 	__type(value, struct policy_entry);
 } policy SEC(".maps");
 
-/* Policy id → epoch, raised by the agent when a flow judged under the id could be judged differently now. */
+/*
+ * Host-side device index modulo the size → epoch. A new value sends every flow from or to the pod behind it through policy again.
+ * Written by the agent when the pod's policy, or the identity of a peer that its policy may name, changes; by the plugin at ADD
+ * and DEL. Two devices may share a slot: the price is a needless re-judgement.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 16384);
+	__uint(max_entries, ENDPOINT_EPOCHS);
 	__type(key, __u32);
 	__type(value, __u32);
-} policy_epochs SEC(".maps");
+} endpoint_epochs SEC(".maps");
 
 /* Node-wide epochs. Written by the agent. */
 struct {
@@ -142,3 +146,11 @@ struct {
 	__type(key, __u32);
 	__type(value, struct event_budget);
 } event_budget SEC(".maps");
+
+/* Work space of a new flow, per CPU: too large for the stack of a program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct new_flow);
+} scratch SEC(".maps");

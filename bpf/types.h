@@ -106,7 +106,9 @@ enum flow_flags {
 	FLOW_DENIED = 4,     /* policy turned against the flow: drop, keep the NAT binding */
 	FLOW_IN_POD = 8,     /* packets come from a pod: in_ifindex and in_mac are its own */
 	FLOW_SERVICE = 16,   /* service_id and service_epoch are valid */
-	FLOW_ADOPTED = 32,   /* action is FLOW_TO_STACK because another plugin's bridge or route leads on */
+	FLOW_VIA_STACK = 32, /* opened by a packet from the host's stack: its answers go back there */
+	FLOW_FROM_HOST = 64, /* opened by a process of the node itself: policy does not apply (contract row N10) */
+	FLOW_DENIED_INGRESS = 128, /* with FLOW_DENIED: by the receiver's ingress policy */
 };
 
 /* TCP flags seen in one direction of a flow. */
@@ -124,12 +126,11 @@ enum flow_tcp {
 struct flow {
 	__u32 last_seen;	/* seconds, CLOCK_MONOTONIC; written at most once a second */
 	__u32 route_epoch;	/* node_state.route_epoch it was computed under */
-	__u32 policy_id[2];	/* [EGRESS] of the opener, [INGRESS] of the other end; 0 where that end is no local pod */
-	__u32 policy_epoch[2];	/* policy_epochs of those ids */
+	__u32 endpoint_epoch[2]; /* endpoint_epochs of in_ifindex and of out_ifindex */
 	__u32 service_id;	/* with FLOW_SERVICE */
 	__u32 service_epoch;
-	__u32 in_ifindex;	/* with FLOW_IN_POD: device its packets come from */
-	__u32 out_ifindex;
+	__u32 in_ifindex;	/* with FLOW_IN_POD: device its packets come from; else 0 */
+	__u32 out_ifindex;	/* device its packets leave by; also the pod's device where the host's stack takes them there */
 	__u8 in_mac[6];		/* with FLOW_IN_POD: source MAC its packets must have */
 	__u8 dst_mac[6];	/* FLOW_TO_POD: written into the packet */
 	__u8 src_mac[6];
@@ -137,10 +138,11 @@ struct flow {
 	__u8 tcp;		/* enum flow_tcp */
 	__u16 flags;		/* enum flow_flags */
 	__u8 pad[2];
-	struct flow_key xlate;	/* the tuple after translation; equals the key without FLOW_NAT */
 	__u32 rule_id;		/* rule that allowed, or with FLOW_DENIED denied, it; 0 = no policy */
-	__u32 csum_diff;	/* with FLOW_NAT: one's complement difference of the addresses and ports */
+	__u32 csum_diff;	/* with FLOW_NAT: one's complement difference of the addresses */
+	struct flow_key xlate;	/* the tuple after translation; equals the key without FLOW_NAT */
 	struct addr nexthop;	/* reserved: next hop or node address of the forwarding action */
+	__u32 reserved[2];
 };
 
 /* A pod interface. Key of the map: each of its addresses. */
@@ -192,7 +194,10 @@ enum node_addr_flags {
 	NODE_ADDR_REMOTE = 4,	/* address of another node */
 };
 
-/* Where a service is reached. NodePort: addr is zero, the packet's destination must be NODE_ADDR_NODEPORT. */
+/*
+ * Where a service is reached. NodePort: addr is the family's unspecified address (::ffff:0.0.0.0 or ::) and the packet's
+ * destination must be NODE_ADDR_NODEPORT.
+ */
 struct frontend_key {
 	struct addr addr;
 	__be16 port;
@@ -281,6 +286,31 @@ struct counter {
 struct node_state {
 	__u32 route_epoch;
 	__u32 reserved[3];
+};
+
+/* Slots of endpoint_epochs: a power of two, so that the index is a mask. */
+enum {
+	ENDPOINT_EPOCHS = 16384,
+};
+
+/* A flow that is being judged: both tuples of the direction that opened it, and what its two entries will be made of. */
+struct new_flow {
+	struct flow_key fwd;  /* as the opener sends it */
+	struct flow_key post; /* after translation */
+	struct flow entry;    /* the one being written */
+	struct endpoint src;  /* ifindex 0: no pod of this node */
+	struct endpoint dst;
+	__u32 out_ifindex[2]; /* where the opener's packets, and the answers, leave: device, 0 = not known yet */
+	__u32 service_id;
+	__u32 service_epoch;
+	__u32 rule_id;
+	__u16 flags; /* enum flow_flags common to both directions */
+	__u8 action[2];
+	__u8 known;	/* the flow has entries already: its translation stays */
+	__u8 reply;	/* the packet at hand is an answer */
+	__u8 direction; /* enum direction: whose policy decided */
+	__u8 pad;
+	struct flow_key key; /* of entry */
 };
 
 enum event_type {

@@ -110,6 +110,7 @@ struct __sk_buff {
 #define BPF_FIB_LOOKUP_DIRECT (1U << 0)
 #define BPF_FIB_LOOKUP_OUTPUT (1U << 1)
 #define BPF_FIB_LKUP_RET_SUCCESS 0
+#define BPF_FIB_LKUP_RET_NOT_FWDED 4
 #define BPF_FIB_LKUP_RET_NO_NEIGH 7
 
 struct bpf_fib_lookup {

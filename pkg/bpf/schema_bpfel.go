@@ -119,26 +119,26 @@ const (
 )
 
 type dpFlow struct {
-	_            structs.HostLayout
-	LastSeen     uint32
-	RouteEpoch   uint32
-	PolicyId     [2]uint32
-	PolicyEpoch  [2]uint32
-	ServiceId    uint32
-	ServiceEpoch uint32
-	InIfindex    uint32
-	OutIfindex   uint32
-	InMac        [6]uint8
-	DstMac       [6]uint8
-	SrcMac       [6]uint8
-	Action       uint8
-	Tcp          uint8
-	Flags        uint16
-	Pad          [2]uint8
-	Xlate        dpFlowKey
-	RuleId       uint32
-	CsumDiff     uint32
-	Nexthop      dpAddr
+	_             structs.HostLayout
+	LastSeen      uint32
+	RouteEpoch    uint32
+	EndpointEpoch [2]uint32
+	ServiceId     uint32
+	ServiceEpoch  uint32
+	InIfindex     uint32
+	OutIfindex    uint32
+	InMac         [6]uint8
+	DstMac        [6]uint8
+	SrcMac        [6]uint8
+	Action        uint8
+	Tcp           uint8
+	Flags         uint16
+	Pad           [2]uint8
+	RuleId        uint32
+	CsumDiff      uint32
+	Xlate         dpFlowKey
+	Nexthop       dpAddr
+	Reserved      [2]uint32
 }
 
 type dpFlowAction uint32
@@ -152,12 +152,14 @@ const (
 type dpFlowFlags uint32
 
 const (
-	dpFlowFlagsFLOW_REPLY   dpFlowFlags = 1
-	dpFlowFlagsFLOW_NAT     dpFlowFlags = 2
-	dpFlowFlagsFLOW_DENIED  dpFlowFlags = 4
-	dpFlowFlagsFLOW_IN_POD  dpFlowFlags = 8
-	dpFlowFlagsFLOW_SERVICE dpFlowFlags = 16
-	dpFlowFlagsFLOW_ADOPTED dpFlowFlags = 32
+	dpFlowFlagsFLOW_REPLY          dpFlowFlags = 1
+	dpFlowFlagsFLOW_NAT            dpFlowFlags = 2
+	dpFlowFlagsFLOW_DENIED         dpFlowFlags = 4
+	dpFlowFlagsFLOW_IN_POD         dpFlowFlags = 8
+	dpFlowFlagsFLOW_SERVICE        dpFlowFlags = 16
+	dpFlowFlagsFLOW_VIA_STACK      dpFlowFlags = 32
+	dpFlowFlagsFLOW_FROM_HOST      dpFlowFlags = 64
+	dpFlowFlagsFLOW_DENIED_INGRESS dpFlowFlags = 128
 )
 
 type dpFlowKey struct {
@@ -219,6 +221,26 @@ type dpIpcacheKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
 	Addr      dpAddr
+}
+
+type dpNewFlow struct {
+	_            structs.HostLayout
+	Fwd          dpFlowKey
+	Post         dpFlowKey
+	Entry        dpFlow
+	Src          dpEndpoint
+	Dst          dpEndpoint
+	OutIfindex   [2]uint32
+	ServiceId    uint32
+	ServiceEpoch uint32
+	RuleId       uint32
+	Flags        uint16
+	Action       [2]uint8
+	Known        uint8
+	Reply        uint8
+	Direction    uint8
+	Pad          uint8
+	Key          dpFlowKey
 }
 
 type dpNodeAddrFlags uint32
@@ -342,6 +364,7 @@ type dpSweep struct {
 const (
 	dpMapBackends        = "backends"
 	dpMapCounters        = "counters"
+	dpMapEndpointEpochs  = "endpoint_epochs"
 	dpMapEndpoints       = "endpoints"
 	dpMapEventBudget     = "event_budget"
 	dpMapEvents          = "events"
@@ -351,7 +374,7 @@ const (
 	dpMapNodeState       = "node_state"
 	dpMapPending         = "pending"
 	dpMapPolicy          = "policy"
-	dpMapPolicyEpochs    = "policy_epochs"
+	dpMapScratch         = "scratch"
 	dpMapServiceBackends = "service_backends"
 	dpMapServiceEpochs   = "service_epochs"
 	dpMapServices        = "services"
@@ -407,6 +430,7 @@ type dpProgramSpecs struct {
 type dpMapSpecs struct {
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
+	EndpointEpochs  *ebpf.MapSpec `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
@@ -416,7 +440,7 @@ type dpMapSpecs struct {
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
-	PolicyEpochs    *ebpf.MapSpec `ebpf:"policy_epochs"`
+	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
@@ -450,6 +474,7 @@ func (o *dpObjects) Close() error {
 type dpMaps struct {
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
+	EndpointEpochs  *ebpf.Map `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
 	Events          *ebpf.Map `ebpf:"events"`
@@ -459,7 +484,7 @@ type dpMaps struct {
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
-	PolicyEpochs    *ebpf.Map `ebpf:"policy_epochs"`
+	Scratch         *ebpf.Map `ebpf:"scratch"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
 	Services        *ebpf.Map `ebpf:"services"`
@@ -469,6 +494,7 @@ func (m *dpMaps) Close() error {
 	return _DpClose(
 		m.Backends,
 		m.Counters,
+		m.EndpointEpochs,
 		m.Endpoints,
 		m.EventBudget,
 		m.Events,
@@ -478,7 +504,7 @@ func (m *dpMaps) Close() error {
 		m.NodeState,
 		m.Pending,
 		m.Policy,
-		m.PolicyEpochs,
+		m.Scratch,
 		m.ServiceBackends,
 		m.ServiceEpochs,
 		m.Services,

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/* The fast path: one flow lookup, a few comparisons, the entry's action. Everything else is connect.h. */
+
+#include "connect.h"
+
+/* The entry was made for packets of this device and this MAC: whoever else sends the tuple lies. */
+static __always_inline int flow_sender_matches(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
+{
+	struct ethhdr *eth;
+
+	if (p->hook == HOOK_TO_POD)
+		return 1;
+	if (p->hook != HOOK_FROM_POD)
+		return !(f->flags & FLOW_IN_POD);
+	eth = pkt_at(skb, 0, sizeof(*eth));
+	return eth && f->in_ifindex == skb->ifindex && mac_equal(eth->h_source, f->in_mac);
+}
+
+static __always_inline int denied(struct pkt *p, const struct flow *f)
+{
+	p->rule_id = f->rule_id;
+	p->direction = f->flags & FLOW_DENIED_INGRESS ? INGRESS : EGRESS;
+	return -DROP_POLICY;
+}
+
+/* p->key is complete. Returns a tc action or minus a drop reason. */
+static __always_inline int handle_flow(struct __sk_buff *skb, struct pkt *p)
+{
+	struct flow *f = bpf_map_lookup_elem(&flows, &p->key);
+
+	if (unlikely(!f || pkt_opens_tcp(p) || !flow_is_current(f) || !flow_sender_matches(skb, p, f)))
+		return connect(skb, p, f);
+	if (unlikely(f->flags & FLOW_DENIED))
+		return denied(p, f);
+	flow_note_packet(f, p);
+	return forward(skb, p, f);
+}
+
+/*
+ * An ICMP error belongs to the flow whose packet it quotes and takes the way of that flow's other direction. Errors about
+ * translated flows are not translated yet: they are dropped by name.
+ */
+static __always_inline int handle_icmp_error(struct __sk_buff *skb, struct pkt *p)
+{
+	struct flow_key quoted = p->key;
+	struct flow *f;
+
+	key_reverse(&p->key, &quoted);
+	f = bpf_map_lookup_elem(&flows, &p->key);
+	if (!f || !flow_is_current(f) || !flow_sender_matches(skb, p, f))
+		return p->hook == HOOK_FROM_NETDEV ? TC_ACT_OK : -DROP_NO_FLOW;
+	if (f->flags & FLOW_DENIED)
+		return denied(p, f);
+	if (f->flags & FLOW_NAT)
+		return -DROP_NAT;
+	return forward(skb, p, f);
+}

@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/*
+ * The flow table: is an entry still good for this packet, what does the packet tell us about the connection, and when has an
+ * entry lived long enough. Which entries there are is decided in connect.h.
+ */
+
+#include "parse.h"
+
+/*
+ * Seconds without a packet in either direction after which a flow may go. TCP: RFC 5382 REQ-5 asks for 2 h 4 min at least, Linux
+ * keepalive begins at 2 h. UDP: RFC 4787 REQ-5. Tentative: no answer seen yet.
+ */
+#define TIMEOUT_TCP (2 * 60 * 60 + 10 * 60)
+#define TIMEOUT_TCP_CLOSING 120
+#define TIMEOUT_TCP_TENTATIVE 60
+#define TIMEOUT_UDP 300
+#define TIMEOUT_OTHER 60
+
+static __always_inline __u32 endpoint_epoch(__u32 ifindex)
+{
+	__u32 slot = ifindex & (ENDPOINT_EPOCHS - 1);
+	__u32 *epoch = bpf_map_lookup_elem(&endpoint_epochs, &slot);
+
+	return epoch ? *epoch : 0;
+}
+
+static __always_inline __u32 service_epoch(__u32 id)
+{
+	__u32 *epoch = bpf_map_lookup_elem(&service_epochs, &id);
+
+	return epoch ? *epoch : 0;
+}
+
+static __always_inline __u32 route_epoch(void)
+{
+	__u32 zero = 0;
+	struct node_state *s = bpf_map_lookup_elem(&node_state, &zero);
+
+	return s ? s->route_epoch : 0;
+}
+
+/* Nothing that the entry was computed from has changed since. Array lookups: a few instructions each, no hash. */
+static __always_inline int flow_is_current(const struct flow *f)
+{
+	if (f->route_epoch != route_epoch())
+		return 0;
+	if (f->endpoint_epoch[0] != endpoint_epoch(f->in_ifindex) || f->endpoint_epoch[1] != endpoint_epoch(f->out_ifindex))
+		return 0;
+	return !(f->flags & FLOW_SERVICE) || f->service_epoch == service_epoch(f->service_id);
+}
+
+/* A SYN opens a connection: it is judged anew even where an entry exists (reused source port, RFC 9293 §3.6.1). */
+static __always_inline int pkt_opens_tcp(const struct pkt *p)
+{
+	return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* What this packet tells about the connection. Stores only what is new: a clean cache line stays clean. */
+static __always_inline void flow_note_packet(struct flow *f, const struct pkt *p)
+{
+	__u32 now = now_seconds();
+	__u8 tcp;
+
+	if (f->last_seen != now)
+		f->last_seen = now;
+	if (p->key.proto != IPPROTO_TCP)
+		return;
+	tcp = f->tcp;
+	if (p->tcp_flags & TCP_RST)
+		tcp |= FLOW_TCP_RST;
+	else if (p->tcp_flags & TCP_FIN)
+		tcp |= FLOW_TCP_FIN;
+	else if (p->tcp_flags & TCP_SYN)
+		tcp |= FLOW_TCP_SYN;
+	else
+		/* Traffic goes on: a reset that the other end did not believe must not shorten the flow's life. */
+		tcp = (tcp | FLOW_TCP_ESTABLISHED) & ~FLOW_TCP_RST;
+	if (tcp != f->tcp)
+		f->tcp = tcp;
+}
+
+/* Both directions have said goodbye, or one has broken off. */
+static __always_inline int flow_is_closing(const struct flow *f, const struct flow *other)
+{
+	__u8 both = f->tcp & (other ? other->tcp : FLOW_TCP_FIN);
+
+	return (both & FLOW_TCP_FIN) || ((f->tcp | (other ? other->tcp : 0)) & FLOW_TCP_RST);
+}
+
+static __always_inline __u32 flow_timeout(__u8 proto, const struct flow *f, const struct flow *other)
+{
+	if (proto == IPPROTO_UDP)
+		return TIMEOUT_UDP;
+	if (proto != IPPROTO_TCP)
+		return TIMEOUT_OTHER;
+	if (flow_is_closing(f, other))
+		return TIMEOUT_TCP_CLOSING;
+	if (!((f->tcp | (other ? other->tcp : 0)) & FLOW_TCP_ESTABLISHED))
+		return TIMEOUT_TCP_TENTATIVE;
+	return TIMEOUT_TCP;
+}
+
+/* Neither direction has seen a packet for the flow's timeout. other may be NULL: it was evicted. */
+static __always_inline int flow_is_expired(__u8 proto, const struct flow *f, const struct flow *other, __u32 now)
+{
+	__u32 seen = f->last_seen;
+
+	if (other && (__s32)(other->last_seen - seen) > 0)
+		seen = other->last_seen;
+	return (__s32)(now - seen) > (__s32)flow_timeout(proto, f, other);
+}
+
+/* The entry of the other direction, or NULL. */
+static __always_inline struct flow *flow_other(const struct flow *f)
+{
+	struct flow_key key;
+
+	key_reverse(&key, &f->xlate);
+	return bpf_map_lookup_elem(&flows, &key);
+}

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/* Carrying out what a flow entry says. */
+
+#include "nat.h"
+
+static __always_inline int mac_rewrite(struct __sk_buff *skb, const struct flow *f)
+{
+	struct ethhdr *eth = pkt_at(skb, 0, sizeof(*eth));
+
+	if (!eth)
+		return -DROP_TRUNCATED;
+	__builtin_memcpy(eth->h_dest, f->dst_mac, 6);
+	__builtin_memcpy(eth->h_source, f->src_mac, 6);
+	return 0;
+}
+
+/* One routing hop. The caller has made sure that the packet may take it. */
+static __always_inline int ttl_decrement(struct __sk_buff *skb, struct pkt *p)
+{
+	struct iphdr *ip4;
+	struct ipv6hdr *ip6;
+
+	if (p->l3_proto == ETH_P_IP) {
+		ip4 = pkt_at(skb, L3_OFF, sizeof(*ip4));
+		if (!ip4)
+			return -DROP_TRUNCATED;
+		ip4->check = csum_fold(csum_add((__u16)~ip4->check, (__u32)(__u16)~bpf_htons(0x0100)));
+		ip4->ttl--;
+		return 0;
+	}
+	ip6 = pkt_at(skb, L3_OFF, sizeof(*ip6));
+	if (!ip6)
+		return -DROP_TRUNCATED;
+	ip6->hop_limit--;
+	return 0;
+}
+
+static __always_inline int to_pod_device(struct __sk_buff *skb, const struct flow *f)
+{
+	int ret = mac_rewrite(skb, f);
+
+	if (ret)
+		return ret;
+	/* A pod behind another plugin's bridge may have addressed somebody else's MAC: its stack would refuse the packet. */
+	if (skb->pkt_type != PACKET_HOST)
+		bpf_skb_change_type(skb, PACKET_HOST);
+	return bpf_redirect_peer(f->out_ifindex, 0);
+}
+
+/*
+ * The last step of every packet that is allowed: translation, then the way on. A packet without hops left goes to the stack as
+ * it is, which answers with "time exceeded" and drops it.
+ */
+static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
+{
+	int ret;
+
+	if (f->action != FLOW_TO_STACK && p->ttl <= 1)
+		return TC_ACT_OK;
+	if (f->flags & FLOW_NAT) {
+		ret = nat_rewrite(skb, p, &f->xlate, f->csum_diff);
+		if (ret)
+			return ret;
+	}
+	if (p->hook == HOOK_TO_POD || f->action == FLOW_TO_STACK)
+		return TC_ACT_OK;
+	ret = ttl_decrement(skb, p);
+	if (ret)
+		return ret;
+	if (f->action == FLOW_TO_POD)
+		return to_pod_device(skb, f);
+	if (f->action == FLOW_TO_NETDEV)
+		return bpf_redirect_neigh(f->out_ifindex, NULL, 0, 0);
+	return -DROP_INVALID_CONFIG;
+}

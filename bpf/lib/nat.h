@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/* Address rewrite of one packet, from the tuple it has to the tuple it shall have. */
+
+#include "parse.h"
+
+/* From kernel 6.16 on: the checksum of a whole received packet (CHECKSUM_COMPLETE) does not change with an IPv6 address. */
+#define BPF_F_IPV6 (1ULL << 7)
+
+static __always_inline __u32 csum_add(__u32 a, __u32 b)
+{
+	__u32 sum = a + b;
+
+	return sum + (sum < b);
+}
+
+static __always_inline __u16 csum_fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (__u16)~sum;
+}
+
+static __always_inline __u32 addr_sum(const struct addr *a)
+{
+	return csum_add(csum_add(a->w[0], a->w[1]), csum_add(a->w[2], a->w[3]));
+}
+
+/* What the rewrite from → to adds to a checksum that covers the addresses. Both are of one family, so the mapped prefix cancels. */
+static __always_inline __u32 csum_diff_addrs(const struct flow_key *from, const struct flow_key *to)
+{
+	__u32 removed = csum_add(addr_sum(&from->src), addr_sum(&from->dst));
+
+	return csum_add(csum_add(addr_sum(&to->src), addr_sum(&to->dst)), ~removed);
+}
+
+static __always_inline __u32 l4_csum_off(__u8 proto)
+{
+	switch (proto) {
+	case IPPROTO_TCP:
+		return offsetof(struct tcphdr, check);
+	case IPPROTO_UDP:
+		return offsetof(struct udphdr, check);
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+		return offsetof(struct icmphdr, checksum);
+	}
+	return 0;
+}
+
+static __always_inline int nat_l4_csum(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 addr_diff)
+{
+	__u32 off = p->l4_off + l4_csum_off(p->key.proto);
+	__u64 flags = p->key.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
+	__u64 pseudo = flags | BPF_F_PSEUDO_HDR;
+	__u32 port_diff;
+
+	if (p->key.proto != IPPROTO_ICMP && addr_diff) {
+		/* An older kernel refuses the flag and touches nothing: ask again without it. */
+		if (p->l3_proto != ETH_P_IPV6 || bpf_l4_csum_replace(skb, off, 0, addr_diff, pseudo | BPF_F_IPV6))
+			if (bpf_l4_csum_replace(skb, off, 0, addr_diff, pseudo))
+				return -DROP_NAT;
+	}
+	if (p->key.sport == to->sport && p->key.dport == to->dport)
+		return 0;
+	port_diff = csum_add(to->sport, (__u16)~p->key.sport);
+	if (p->key.proto == IPPROTO_TCP || p->key.proto == IPPROTO_UDP)
+		port_diff = csum_add(port_diff, csum_add(to->dport, (__u16)~p->key.dport));
+	return bpf_l4_csum_replace(skb, off, 0, port_diff, flags) ? -DROP_NAT : 0;
+}
+
+static __always_inline int nat_l3(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 addr_diff)
+{
+	struct iphdr *ip4;
+	struct ipv6hdr *ip6;
+
+	if (p->l3_proto == ETH_P_IP) {
+		ip4 = pkt_at(skb, L3_OFF, sizeof(*ip4));
+		if (!ip4)
+			return -DROP_TRUNCATED;
+		ip4->check = csum_fold(csum_add((__u16)~ip4->check, addr_diff));
+		ip4->saddr = to->src.w[3];
+		ip4->daddr = to->dst.w[3];
+		return 0;
+	}
+	ip6 = pkt_at(skb, L3_OFF, sizeof(*ip6));
+	if (!ip6)
+		return -DROP_TRUNCATED;
+	for (int i = 0; i < 4; i++) {
+		ip6->saddr[i] = to->src.w[i];
+		ip6->daddr[i] = to->dst.w[i];
+	}
+	return 0;
+}
+
+/* Rewrites the packet from p->key to *to; diff is csum_diff_addrs of the two. All checksums stay right. */
+__noinline int nat_rewrite(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 diff)
+{
+	__be16 *ports;
+	int ret;
+
+	if (!p || !to)
+		return -DROP_NAT;
+	/* SCTP's CRC32c covers the ports but no address; a changed port would need a whole new sum. */
+	if (p->key.proto != IPPROTO_SCTP)
+		ret = nat_l4_csum(skb, p, to, diff);
+	else
+		ret = p->key.sport == to->sport && p->key.dport == to->dport ? 0 : -DROP_NAT;
+	if (ret)
+		return ret;
+	ret = nat_l3(skb, p, to, diff);
+	if (ret)
+		return ret;
+	ports = pkt_at(skb, p->l4_off, 8);
+	if (!ports)
+		return -DROP_TRUNCATED;
+	if (p->key.proto == IPPROTO_ICMP || p->key.proto == IPPROTO_ICMPV6) {
+		ports[2] = to->sport;
+	} else {
+		ports[0] = to->sport;
+		ports[1] = to->dport;
+	}
+	return 0;
+}

@@ -1,0 +1,243 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/*
+ * Ethernet, IPv4 and IPv6, TCP, UDP, SCTP, ICMP and ICMPv6 → struct pkt. The only place besides nat.h, neigh.h and refuse.h that
+ * knows the address families. Returns 0 or minus a drop reason.
+ */
+
+#include "pkt.h"
+
+#define MAX_EXT_HEADERS 4
+#define MAX_L4_OFF 255 /* lets the verifier bound the offset */
+
+/* A pointer to len bytes at off, or NULL where the packet is shorter. */
+static __always_inline void *pkt_at(const struct __sk_buff *skb, __u32 off, __u32 len)
+{
+	void *at;
+
+	if (off > MAX_L4_OFF)
+		return NULL;
+	at = pkt_data(skb) + off;
+	if (at + len > pkt_end(skb))
+		return NULL;
+	return at;
+}
+
+static __always_inline int icmp_is_error(__u8 proto, __u8 type)
+{
+	if (proto == IPPROTO_ICMP)
+		return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+	return type >= ICMPV6_DEST_UNREACH && type <= ICMPV6_PARAMPROB;
+}
+
+/* Ports, or the ICMP identifier as both ports, at off. All of these protocols keep what is needed in the first eight bytes. */
+static __always_inline int parse_ports(struct __sk_buff *skb, __u32 off, struct flow_key *key)
+{
+	__be16 *ports = pkt_at(skb, off, 8);
+
+	if (!ports)
+		return -DROP_TRUNCATED;
+	switch (key->proto) {
+	case IPPROTO_TCP:
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
+		key->sport = ports[0];
+		key->dport = ports[1];
+		return 0;
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+		key->sport = ports[2];
+		key->dport = ports[2];
+		return 0;
+	}
+	return -DROP_UNKNOWN_PROTOCOL;
+}
+
+/* The packet that an ICMP error is about. Its source is the error's receiver; p->key becomes the key of what it sent. */
+__noinline int parse_icmp_error(struct __sk_buff *skb, struct pkt *p)
+{
+	struct iphdr *ip4;
+	struct ipv6hdr *ip6;
+	__u32 off;
+
+	if (!p)
+		return -DROP_TRUNCATED;
+	off = p->l4_off + sizeof(struct icmphdr);
+	if (p->l3_proto == ETH_P_IP) {
+		ip4 = pkt_at(skb, off, sizeof(*ip4));
+		if (!ip4)
+			return -DROP_TRUNCATED;
+		if (ip4->frag_off & bpf_htons(IP_OFFSET))
+			return -DROP_FRAGMENT;
+		addr_set_v4(&p->key.src, ip4->saddr);
+		addr_set_v4(&p->key.dst, ip4->daddr);
+		p->key.proto = ip4->protocol;
+		off += (ip4->version_ihl & 0xf) * 4;
+	} else {
+		ip6 = pkt_at(skb, off, sizeof(*ip6));
+		if (!ip6)
+			return -DROP_TRUNCATED;
+		addr_set_v6(&p->key.src, ip6->saddr);
+		addr_set_v6(&p->key.dst, ip6->daddr);
+		p->key.proto = ip6->nexthdr;
+		off += sizeof(*ip6);
+	}
+	p->kind = PKT_ICMP_ERROR;
+	return parse_ports(skb, off, &p->key);
+}
+
+static __always_inline int parse_icmp(struct __sk_buff *skb, struct pkt *p)
+{
+	struct icmphdr *icmp = pkt_at(skb, p->l4_off, sizeof(*icmp));
+
+	if (!icmp)
+		return -DROP_TRUNCATED;
+	p->icmp_type = icmp->type;
+	if (p->key.proto == IPPROTO_ICMPV6) {
+		if (icmp->type >= ICMPV6_ND_FIRST && icmp->type <= ICMPV6_ND_LAST) {
+			p->kind = PKT_ND;
+			return 0;
+		}
+		if (icmp->type == ICMPV6_ECHO_REQUEST || icmp->type == ICMPV6_ECHO_REPLY)
+			return parse_ports(skb, p->l4_off, &p->key);
+	} else if (icmp->type == ICMP_ECHO || icmp->type == ICMP_ECHOREPLY) {
+		return parse_ports(skb, p->l4_off, &p->key);
+	}
+	if (icmp_is_error(p->key.proto, icmp->type))
+		return parse_icmp_error(skb, p);
+	return -DROP_ICMP_TYPE;
+}
+
+static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
+{
+	struct tcphdr *tcp;
+
+	if (p->key.proto == IPPROTO_TCP) {
+		tcp = pkt_at(skb, p->l4_off, sizeof(*tcp));
+		if (!tcp)
+			return -DROP_TRUNCATED;
+		p->key.sport = tcp->source;
+		p->key.dport = tcp->dest;
+		p->tcp_flags = tcp->flags;
+		return 0;
+	}
+	if (p->key.proto == IPPROTO_ICMP || p->key.proto == IPPROTO_ICMPV6)
+		return parse_icmp(skb, p);
+	return parse_ports(skb, p->l4_off, &p->key);
+}
+
+static __always_inline int parse_ipv4(struct __sk_buff *skb, struct pkt *p)
+{
+	struct iphdr *ip = pkt_at(skb, L3_OFF, sizeof(*ip));
+	__u32 ihl;
+
+	if (!ip)
+		return -DROP_TRUNCATED;
+	ihl = (ip->version_ihl & 0xf) * 4;
+	if (ip->version_ihl >> 4 != 4 || ihl < sizeof(*ip))
+		return -DROP_TRUNCATED;
+	addr_set_v4(&p->key.src, ip->saddr);
+	addr_set_v4(&p->key.dst, ip->daddr);
+	p->key.proto = ip->protocol;
+	p->ttl = ip->ttl;
+	p->l4_off = L3_OFF + ihl;
+	if ((ip->daddr & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) || ip->daddr == 0xffffffff)
+		return -DROP_MULTICAST;
+	if (ip->frag_off & bpf_htons(IP_MF | IP_OFFSET))
+		return -DROP_FRAGMENT;
+	if (ip->protocol == IPPROTO_ICMPV6)
+		return -DROP_UNKNOWN_PROTOCOL;
+	return parse_l4(skb, p);
+}
+
+/* Steps over extension headers; *next is the protocol that follows them. */
+__noinline int skip_extension_headers(struct __sk_buff *skb, struct pkt *p)
+{
+	struct ipv6_opt *opt;
+
+	if (!p)
+		return -DROP_TRUNCATED;
+	for (int i = 0; i < MAX_EXT_HEADERS; i++) {
+		switch (p->key.proto) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+			break;
+		case IPPROTO_FRAGMENT:
+			return -DROP_FRAGMENT;
+		case IPPROTO_TCP:
+		case IPPROTO_UDP:
+		case IPPROTO_SCTP:
+		case IPPROTO_ICMPV6:
+			return 0;
+		default:
+			return -DROP_EXTENSION_HEADER;
+		}
+		opt = pkt_at(skb, p->l4_off, sizeof(*opt));
+		if (!opt)
+			return -DROP_TRUNCATED;
+		p->key.proto = opt->nexthdr;
+		p->l4_off += (opt->hdrlen + 1) * 8;
+	}
+	return -DROP_EXTENSION_HEADER;
+}
+
+static __always_inline int parse_ipv6(struct __sk_buff *skb, struct pkt *p)
+{
+	struct ipv6hdr *ip = pkt_at(skb, L3_OFF, sizeof(*ip));
+	int ret;
+
+	if (!ip)
+		return -DROP_TRUNCATED;
+	if (ip->version_class >> 4 != 6)
+		return -DROP_TRUNCATED;
+	addr_set_v6(&p->key.src, ip->saddr);
+	addr_set_v6(&p->key.dst, ip->daddr);
+	/* An IPv4-mapped address on the wire would be taken for the IPv4 address in the maps (RFC 4942 §2.2). */
+	if (addr_is_v4(&p->key.src) || addr_is_v4(&p->key.dst))
+		return -DROP_SPOOFED_ADDRESS;
+	p->key.proto = ip->nexthdr;
+	p->ttl = ip->hop_limit;
+	p->l4_off = L3_OFF + sizeof(*ip);
+	if (p->key.proto != IPPROTO_TCP && p->key.proto != IPPROTO_UDP && p->key.proto != IPPROTO_ICMPV6) {
+		ret = skip_extension_headers(skb, p);
+		if (ret)
+			return ret;
+	}
+	ret = parse_l4(skb, p);
+	if (p->kind != PKT_ND && (p->key.dst.b[0] == 0xff && p->kind != PKT_ICMP_ERROR))
+		return -DROP_MULTICAST;
+	return ret;
+}
+
+/* Makes the headers linear: TCP behind the longest header chain that parse accepts. */
+static __always_inline void pull_headers(struct __sk_buff *skb)
+{
+	__u32 want = MAX_L4_OFF + sizeof(struct tcphdr);
+
+	if (pkt_data(skb) + L3_OFF + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) <= pkt_end(skb))
+		return;
+	bpf_skb_pull_data(skb, skb->len < want ? skb->len : want);
+}
+
+static __always_inline int parse(struct __sk_buff *skb, struct pkt *p)
+{
+	struct ethhdr *eth;
+
+	pull_headers(skb);
+	eth = pkt_at(skb, 0, sizeof(*eth));
+	if (!eth)
+		return -DROP_TRUNCATED;
+	p->l3_proto = bpf_ntohs(eth->h_proto);
+	switch (p->l3_proto) {
+	case ETH_P_IP:
+		return parse_ipv4(skb, p);
+	case ETH_P_IPV6:
+		return parse_ipv6(skb, p);
+	case ETH_P_ARP:
+		p->kind = PKT_ARP;
+		return 0;
+	}
+	return -DROP_UNKNOWN_ETHERTYPE;
+}

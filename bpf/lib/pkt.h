@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/*
+ * The packet at hand: what parse.h found out and every later step needs. One per program run, on its stack. It holds no pointer, so
+ * that it can be handed to global functions, which the verifier checks once and not again for every call.
+ */
+
+#include "../headers/helpers.h"
+#include "../maps.h"
+
+struct pkt {
+	struct flow_key key;  /* the tuple; for an ICMP error that of the packet it is about, as its receiver sent it */
+	__u32 l4_off;	      /* from the Ethernet header; 0 for ARP */
+	__u32 rule_id;	      /* for the event of a drop */
+	__u16 l3_proto;	      /* host byte order: ETH_P_IP, ETH_P_IPV6, ETH_P_ARP */
+	__u8 hook;	      /* enum hook */
+	__u8 direction;	      /* enum direction: of the counter and the event */
+	__u8 tcp_flags;	      /* 0 unless TCP */
+	__u8 icmp_type;	      /* 0 unless ICMP */
+	__u8 kind;	      /* enum pkt_kind */
+	__u8 ttl;
+};
+
+enum pkt_kind {
+	PKT_FLOW = 0,	/* key is complete: look the flow up */
+	PKT_ARP = 1,
+	PKT_ND = 2,
+	PKT_ICMP_ERROR = 3, /* key is of the packet that the error is about */
+};
+
+#define L3_OFF ((__u32)sizeof(struct ethhdr))
+
+static __always_inline void *pkt_data(const struct __sk_buff *skb)
+{
+	return (void *)(unsigned long)skb->data;
+}
+
+static __always_inline void *pkt_end(const struct __sk_buff *skb)
+{
+	return (void *)(unsigned long)skb->data_end;
+}
+
+static __always_inline int addr_equal(const struct addr *a, const struct addr *b)
+{
+	return a->w[3] == b->w[3] && a->w[2] == b->w[2] && a->w[1] == b->w[1] && a->w[0] == b->w[0];
+}
+
+static __always_inline int addr_is_v4(const struct addr *a)
+{
+	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline void addr_set_v4(struct addr *a, __be32 v4)
+{
+	a->w[0] = 0;
+	a->w[1] = 0;
+	a->w[2] = bpf_htonl(0xffff);
+	a->w[3] = v4;
+}
+
+static __always_inline void addr_set_v6(struct addr *a, const __be32 *v6)
+{
+	a->w[0] = v6[0];
+	a->w[1] = v6[1];
+	a->w[2] = v6[2];
+	a->w[3] = v6[3];
+}
+
+static __always_inline int mac_equal(const __u8 *a, const __u8 *b)
+{
+	return ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | (a[4] ^ b[4]) | (a[5] ^ b[5])) == 0;
+}
+
+static __always_inline int key_equal(const struct flow_key *a, const struct flow_key *b)
+{
+	return addr_equal(&a->src, &b->src) && addr_equal(&a->dst, &b->dst) && a->sport == b->sport && a->dport == b->dport &&
+	       a->proto == b->proto;
+}
+
+/* The tuple of the answering packets. */
+static __always_inline void key_reverse(struct flow_key *to, const struct flow_key *from)
+{
+	to->src = from->dst;
+	to->dst = from->src;
+	to->sport = from->dport;
+	to->dport = from->sport;
+	to->proto = from->proto;
+	to->pad[0] = 0;
+	to->pad[1] = 0;
+	to->pad[2] = 0;
+}
+
+static __always_inline __u32 now_seconds(void)
+{
+	return (__u32)(bpf_ktime_get_coarse_ns() / 1000000000ULL);
+}

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/* Who is behind an address, and may the two talk? Always judged after service translation. */
+
+#include "pkt.h"
+
+static __always_inline struct endpoint *endpoint_of(const struct addr *a)
+{
+	return bpf_map_lookup_elem(&endpoints, a);
+}
+
+static __always_inline __u32 node_addr_flags_of(const struct addr *a)
+{
+	__u32 *flags = bpf_map_lookup_elem(&node_addrs, a);
+
+	return flags ? *flags : 0;
+}
+
+static __always_inline __u32 identity_of(const struct addr *a)
+{
+	struct ipcache_key key = {.prefixlen = 128, .addr = *a};
+	struct ipcache_entry *e = bpf_map_lookup_elem(&ipcache, &key);
+
+	return e ? e->identity : IDENTITY_WORLD;
+}
+
+struct judgement {
+	__u32 verdict; /* enum policy_verdict */
+	__u32 rule_id;
+};
+
+static __always_inline struct policy_entry *policy_find(struct policy_key *key, __u32 identity)
+{
+	key->identity = identity;
+	return bpf_map_lookup_elem(&policy, key);
+}
+
+/* The better of the peer's own entry and the wildcard's: lower rank, then deny. Two lookups, whatever the number of rules. */
+static __always_inline struct judgement policy_judge(__u32 policy_id, __u32 direction, __u32 identity, const struct flow_key *key)
+{
+	struct judgement j = {.verdict = VERDICT_DENY};
+	struct policy_entry *own, *any;
+	struct policy_key pk = {
+		.prefixlen = POLICY_PREFIX_PORT,
+		.policy_id = policy_id,
+		.direction = direction,
+		.proto = key->proto,
+	};
+
+	if (key->proto != IPPROTO_ICMP && key->proto != IPPROTO_ICMPV6)
+		pk.port = key->dport;
+	own = policy_find(&pk, identity);
+	any = policy_find(&pk, IDENTITY_ANY);
+	if (!own || (any && (any->rank < own->rank || (any->rank == own->rank && any->verdict == VERDICT_DENY))))
+		own = any;
+	if (own) {
+		j.verdict = own->verdict;
+		j.rule_id = own->rule_id;
+	}
+	return j;
+}
+
+/* 0, or minus the reason to drop. nf->rule_id names the rule that decided last, nf->direction whose it is. */
+static __always_inline int policy_check(struct new_flow *nf, const struct endpoint *subject, __u32 direction, __u32 peer_identity)
+{
+	__u32 id = subject->policy_id[direction];
+	struct judgement j;
+
+	if (id == POLICY_NONE)
+		return 0;
+	j = policy_judge(id, direction, peer_identity, &nf->post);
+	nf->rule_id = j.rule_id;
+	nf->direction = direction;
+	if (j.verdict == VERDICT_ALLOW)
+		return 0;
+	return id == POLICY_NODE_ONLY ? -DROP_POLICY_PENDING : -DROP_POLICY;
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+
+/* The program on the node's network devices. */
+
+#include "lib/established.h"
+#include "lib/refuse.h"
+
+const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
+
+/*
+ * What is for no pod and no service is the host's, unread: a packet that does not parse, ARP, ND. If it is for a pod after all,
+ * the host's stack routes it to the pod's device, where to_pod drops it by name.
+ */
+static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret;
+
+	if (parse(skb, p))
+		return TC_ACT_OK;
+	if (p->kind == PKT_ICMP_ERROR)
+		return handle_icmp_error(skb, p);
+	if (p->kind != PKT_FLOW)
+		return TC_ACT_OK;
+	ret = handle_flow(skb, p);
+	if (ret != -DROP_SERVICE_NO_BACKEND)
+		return ret;
+	ret = refuse(skb, p);
+	return ret ? ret : bpf_redirect(skb->ifindex, 0);
+}
+
+/* tc ingress of a node's network device: everything from outside. */
+SEC("tc")
+int from_netdev(struct __sk_buff *skb)
+{
+	struct pkt p = {.hook = HOOK_FROM_NETDEV, .direction = INGRESS};
+
+	return finish(skb, &p, handle_from_netdev(skb, &p));
+}

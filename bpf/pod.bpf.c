@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+
+/* The two programs on the host-side device of every pod. One copy serves all pods: what differs between them is in the maps. */
+
+#include "lib/established.h"
+#include "lib/neigh.h"
+#include "lib/refuse.h"
+
+const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
+
+static __always_inline int handle_from_pod(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret = parse(skb, p);
+
+	if (ret)
+		return ret;
+	switch (p->kind) {
+	case PKT_ARP:
+		return answer_arp(skb);
+	case PKT_ND:
+		return answer_nd(skb, p);
+	case PKT_ICMP_ERROR:
+		return handle_icmp_error(skb, p);
+	}
+	ret = handle_flow(skb, p);
+	if (ret != -DROP_SERVICE_NO_BACKEND)
+		return ret;
+	ret = refuse(skb, p);
+	return ret ? ret : bpf_redirect_peer(skb->ifindex, 0);
+}
+
+static __always_inline int handle_to_pod(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret = parse(skb, p);
+
+	if (ret)
+		return ret;
+	switch (p->kind) {
+	case PKT_ARP:
+	case PKT_ND:
+		/* From the host's own stack (contract row N14: never filtered). */
+		return TC_ACT_OK;
+	case PKT_ICMP_ERROR:
+		return handle_icmp_error(skb, p);
+	}
+	return handle_flow(skb, p);
+}
+
+/* tc ingress of the pod's host-side device: everything that the pod sends. */
+SEC("tc")
+int from_pod(struct __sk_buff *skb)
+{
+	struct pkt p = {.hook = HOOK_FROM_POD, .direction = EGRESS};
+
+	return finish(skb, &p, handle_from_pod(skb, &p));
+}
+
+/* tc egress of it: what the host's own stack sends to the pod. */
+SEC("tc")
+int to_pod(struct __sk_buff *skb)
+{
+	struct pkt p = {.hook = HOOK_TO_POD, .direction = INGRESS};
+
+	return finish(skb, &p, handle_to_pod(skb, &p));
+}
