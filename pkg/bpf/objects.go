@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"fmt"
+	"hash/crc32"
+
+	"github.com/cilium/ebpf"
+)
+
+// Program names, as pinned and as in bpf/*.bpf.c.
+const (
+	ProgFromPod    = "from_pod"
+	ProgToPod      = "to_pod"
+	ProgFromNetdev = "from_netdev"
+	ProgSweepFlows = "sweep_flows"
+)
+
+// MapSpecs returns the definition of every map in bpf/maps.h, by name.
+func MapSpecs() (map[string]*ebpf.MapSpec, error) {
+	spec, err := loadDp()
+	if err != nil {
+		return nil, err
+	}
+	maps := map[string]*ebpf.MapSpec{}
+	for name, m := range spec.Maps {
+		if m.Type != ebpf.UnspecifiedMap && name[0] != '.' {
+			maps[name] = m
+		}
+	}
+	return maps, nil
+}
+
+// ProgramSpecs returns the embedded objects that hold programs. Each call parses them anew: the caller owns what it gets.
+func ProgramSpecs() ([]*ebpf.CollectionSpec, error) {
+	var specs []*ebpf.CollectionSpec
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadPod, loadNetdev, loadSweep} {
+		spec, err := load()
+		if err != nil {
+			return nil, err
+		}
+		specs = append(specs, spec)
+	}
+	return specs, nil
+}
+
+// Build names the embedded programs: equal objects, equal name. It is a checksum, not a signature; cheap enough for every ADD.
+func Build() string {
+	table := crc32.MakeTable(crc32.Castagnoli)
+	return fmt.Sprintf("%08x%08x%08x",
+		crc32.Checksum(_PodBytes, table), crc32.Checksum(_NetdevBytes, table), crc32.Checksum(_SweepBytes, table))
+}

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+)
+
+var programNames = []string{bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgSweepFlows}
+
+// ensurePrograms verifies, loads and pins this build's programs over the given maps. They appear under their directory's final name all
+// at once; what a crash left under the temporary name is removed first.
+func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
+	final, partial := cfg.progDir(), cfg.progDir()+"-partial" // bpffs has no dots in names
+	for _, dir := range []string{partial, final} {
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("remove left-over programs: %w", err)
+		}
+	}
+	if err := os.MkdirAll(partial, 0o700); err != nil {
+		return fmt.Errorf("make the program directory: %w", err)
+	}
+	specs, err := bpf.ProgramSpecs()
+	if err != nil {
+		return fmt.Errorf("read the programs: %w", err)
+	}
+	for _, spec := range specs {
+		if err := pinPrograms(cfg, spec, maps, partial); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(partial, final); err != nil {
+		return fmt.Errorf("publish the programs: %w", err)
+	}
+	return nil
+}
+
+// LoadPrograms loads one object's programs over maps that exist already, with the constants that cfg asks for. The caller closes them.
+func LoadPrograms(cfg Config, spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*ebpf.Collection, error) {
+	if v, ok := spec.Variables["cfg_verdict_events"]; ok {
+		if err := v.Set(boolByte(cfg.VerdictEvents)); err != nil {
+			return nil, fmt.Errorf("set cfg_verdict_events: %w", err)
+		}
+	}
+	replacements := map[string]*ebpf.Map{}
+	for name, m := range spec.Maps {
+		if shared, ok := maps[name]; ok {
+			m.MaxEntries = shared.MaxEntries()
+			replacements[name] = shared
+		}
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements})
+	if err != nil {
+		return nil, loadError(err)
+	}
+	return coll, nil
+}
+
+func pinPrograms(cfg Config, spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, dir string) error {
+	coll, err := LoadPrograms(cfg, spec, maps)
+	if err != nil {
+		return err
+	}
+	defer coll.Close()
+	for name, prog := range coll.Programs {
+		if err := prog.Pin(filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("pin program %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// loadError says what a person can do about a kernel that refuses a program. The verifier's last lines are in the error.
+func loadError(err error) error {
+	if ve, ok := errors.AsType[*ebpf.VerifierError](err); ok {
+		return fmt.Errorf("the kernel's verifier refuses the programs; Margay is tested on kernels 6.1, 6.12 and 6.18: %-10v", ve)
+	}
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("load the programs (CAP_BPF and CAP_NET_ADMIN are needed): %w", err)
+	}
+	return fmt.Errorf("load the programs: %w", err)
+}
+
+func boolByte(b bool) uint8 {
+	if b {
+		return 1
+	}
+	return 0
+}
