@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ipam
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/utils"
+)
+
+const (
+	// PluginType is the name of the IPAM plugin: what a network configuration has as ipam.type.
+	PluginType = "margay-ipam"
+	// DefaultRunDir is where Margay keeps what a reboot ends.
+	DefaultRunDir = "/run/margay"
+
+	defaultCooldown = 60 * time.Second
+)
+
+// Config is one network's configuration as the plugin got it. Make it with LoadConfig; the exported fields may be changed afterwards.
+type Config struct {
+	// Network is the configuration's name: leases of different networks are independent.
+	Network    string
+	CNIVersion string
+	// RunDir is ipam.runDir, else the top-level runDir, else DefaultRunDir. The state is in <RunDir>/ipam/<Network>.
+	RunDir string
+	// Valid are GC's cni.dev/valid-attachments; nil when the list is missing, null or empty (libcni makes them look alike).
+	Valid []Attachment
+	// PrevIPs are the addresses of prevResult; nil without one.
+	PrevIPs []netip.Addr
+
+	podNamespace, podName string
+
+	// What follows matters to Add, Check and Status only. fault says what is wrong with it, so that Del and GC are not bothered.
+	section   ipamSection
+	plan      *plan // nil: take the ranges from rangesFile
+	requested []netip.Addr
+	fault     error
+
+	sys system
+}
+
+// ipamSection is the configuration's "ipam" object. Its keys are also what Add accepts there: see knownKeys.
+type ipamSection struct {
+	rangeConf
+	Ranges     [][]rangeConf  `json:"ranges"`
+	RangesFile string         `json:"rangesFile"`
+	Routes     []*types.Route `json:"routes"`
+	ResolvConf string         `json:"resolvConf"`
+	Cooldown   *uint32        `json:"releaseCooldown"`
+	Strict     bool           `json:"strictCooldown"`
+}
+
+// LoadConfig decodes a plugin's whole standard input and CNI_ARGS. It fails only when the JSON or the network's name is unusable.
+// Everything that Del and GC can do without (ranges, requested addresses, routes) is judged when Add, Check or Status need it, so
+// that an edited or broken configuration never keeps an address from being released. Errors have code 6 or 7.
+func LoadConfig(stdin []byte, args string) (*Config, error) {
+	var doc struct {
+		Name          string          `json:"name"`
+		CNIVersion    string          `json:"cniVersion"`
+		RunDir        string          `json:"runDir"`
+		IPAM          json.RawMessage `json:"ipam"`
+		Args          json.RawMessage `json:"args"`
+		RuntimeConfig json.RawMessage `json:"runtimeConfig"`
+		PrevResult    json.RawMessage `json:"prevResult"`
+		Valid         []struct {
+			ContainerID string `json:"containerID"`
+			IfName      string `json:"ifname"`
+		} `json:"cni.dev/valid-attachments"`
+	}
+	if err := json.Unmarshal(stdin, &doc); err != nil {
+		return nil, failf(types.ErrDecodingFailure, "decode network configuration: %v", err)
+	}
+	// What libcni accepts as a name (letters, digits, '_', '.', '-', not first a '.') is also safe as a directory's.
+	if err := utils.ValidateNetworkName(doc.Name); err != nil {
+		return nil, err
+	}
+	var where struct {
+		RunDir string `json:"runDir"`
+	}
+	if len(doc.IPAM) > 0 {
+		if err := json.Unmarshal(doc.IPAM, &where); err != nil {
+			return nil, failf(types.ErrDecodingFailure, "decode ipam.runDir: %v", err)
+		}
+	}
+	c := &Config{
+		Network:    doc.Name,
+		CNIVersion: doc.CNIVersion,
+		RunDir:     cmp.Or(where.RunDir, doc.RunDir, DefaultRunDir),
+		PrevIPs:    prevIPs(doc.PrevResult),
+		sys:        realSystem(),
+	}
+	for _, v := range doc.Valid {
+		c.Valid = append(c.Valid, Attachment{ContainerID: v.ContainerID, IfName: v.IfName})
+	}
+	c.fault = errors.Join(c.loadSection(doc.IPAM), c.loadRequests(doc.RuntimeConfig, doc.Args, args))
+	return c, nil
+}
+
+// dir is where the network's lease state is.
+func (c *Config) dir() string {
+	return filepath.Join(c.RunDir, "ipam", c.Network)
+}
+
+func (c *Config) cooldown() time.Duration {
+	if c.section.Cooldown == nil {
+		return defaultCooldown
+	}
+	return time.Duration(*c.section.Cooldown) * time.Second
+}
+
+// loadSection decodes the ipam object and, where it has ranges, checks them.
+func (c *Config) loadSection(raw json.RawMessage) error {
+	if len(raw) == 0 {
+		return failf(types.ErrInvalidNetworkConfig, "network configuration has no ipam section")
+	}
+	if err := checkKeys(raw); err != nil {
+		return err
+	}
+	if err := json.Unmarshal(raw, &c.section); err != nil {
+		return failf(types.ErrDecodingFailure, "decode ipam section: %v", err)
+	}
+	confs := c.section.Ranges
+	if c.section.Subnet != "" {
+		confs = append([][]rangeConf{{c.section.rangeConf}}, confs...)
+	} else if s := c.section.rangeConf; s.Start != "" || s.End != "" || s.Gateway != "" || len(s.Exclude) > 0 {
+		return failf(types.ErrInvalidNetworkConfig, "ipam: rangeStart, rangeEnd, gateway and exclude need a subnet beside them")
+	}
+	if len(confs) == 0 {
+		return nil
+	}
+	var err error
+	if c.plan, err = parsePlan(confs); err != nil {
+		return failf(types.ErrInvalidNetworkConfig, "ipam.ranges: %v", err)
+	}
+	return nil
+}
+
+func parsePlan(confs [][]rangeConf) (*plan, error) {
+	sets := make([][]addrRange, len(confs))
+	for i, set := range confs {
+		for _, conf := range set {
+			r, err := conf.parse()
+			if err != nil {
+				return nil, err
+			}
+			sets[i] = append(sets[i], r)
+		}
+	}
+	return newPlan(sets)
+}
+
+// ready returns the ranges to lease from, or what is wrong with the configuration.
+func (c *Config) ready() (*plan, error) {
+	if c.fault != nil {
+		if e, ok := errors.AsType[*types.Error](c.fault); ok {
+			return nil, e
+		}
+		return nil, c.fault
+	}
+	if c.plan != nil {
+		return c.plan, nil
+	}
+	return c.readRangesFile()
+}
+
+// readRangesFile makes ranges from the node's pod CIDRs, which the agent writes (by rename) when it has learnt them: one range set for
+// each family, in the order in which the families appear.
+func (c *Config) readRangesFile() (*plan, error) {
+	path := cmp.Or(c.section.RangesFile, filepath.Join(c.RunDir, "podcidrs.json"))
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, failf(types.ErrTryAgainLater, "no pod CIDR yet: ipam.ranges is not set and %s does not exist (the agent writes it)", path)
+	}
+	if err != nil {
+		return nil, failf(types.ErrIOFailure, "read pod CIDRs: %v", err)
+	}
+	var cidrs []string
+	if err := json.Unmarshal(data, &cidrs); err != nil {
+		return nil, failf(types.ErrDecodingFailure, "decode pod CIDRs in %s: %v", path, err)
+	}
+	if len(cidrs) == 0 {
+		return nil, failf(types.ErrTryAgainLater, "no pod CIDR yet: the list in %s is empty", path)
+	}
+	var confs [][]rangeConf
+	set := map[bool]int{}
+	for _, cidr := range cidrs {
+		v6 := strings.Contains(cidr, ":")
+		if _, ok := set[v6]; !ok {
+			set[v6] = len(confs)
+			confs = append(confs, nil)
+		}
+		confs[set[v6]] = append(confs[set[v6]], rangeConf{Subnet: cidr})
+	}
+	p, err := parsePlan(confs)
+	if err != nil {
+		return nil, failf(types.ErrInvalidNetworkConfig, "pod CIDRs in %s: %v", path, err)
+	}
+	return p, nil
+}
+
+// prevIPs reads the addresses of a previous result of any version from 0.3.0 on. What cannot be read is left out: Check then says
+// which address it misses.
+func prevIPs(raw json.RawMessage) []netip.Addr {
+	var prev struct {
+		IPs []struct {
+			Address string `json:"address"`
+		} `json:"ips"`
+	}
+	if len(raw) == 0 || json.Unmarshal(raw, &prev) != nil {
+		return nil
+	}
+	var out []netip.Addr
+	for _, ip := range prev.IPs {
+		if p, err := netip.ParsePrefix(ip.Address); err == nil {
+			out = append(out, p.Addr().Unmap())
+		}
+	}
+	return out
+}
