@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/conf"
 )
@@ -69,9 +70,13 @@ func (n *node) tree() map[string]string {
 			return err
 		}
 		text := info.Mode().String()
-		if info.Mode().IsRegular() {
+		var on unix.Statfs_t
+		if err := unix.Statfs(path, &on); err != nil {
+			return err
+		}
+		if info.Mode().IsRegular() && on.Type != unix.BPF_FS_MAGIC { // a pinned map's file is a dump of it, or an error
 			content, err := os.ReadFile(path)
-			if err != nil && !strings.HasPrefix(path, n.at("/sys/fs/bpf")) {
+			if err != nil {
 				return err
 			}
 			text += " " + string(content)

@@ -12,13 +12,18 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // filterPrefix begins the name of every tc filter that pkg/datapath makes.
-const filterPrefix = "margay"
+const filterPrefix = "margay/"
 
 // sysctlsName is the file under the run directory in which pkg/datapath keeps the value that each setting had before it changed it.
 const sysctlsName = "sysctls.json"
+
+// mountsName is the file beside it with the mount points at which pkg/datapath found no bpffs and mounted one.
+const mountsName = "mounts.json"
 
 // conflistItems finds the conflists. An edited one goes too: it names a plugin that goes.
 func conflistItems(o *options, m *manifest) []item {
@@ -105,7 +110,7 @@ func pinItems(o *options) ([]item, error) {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		if err == nil && !d.IsDir() {
+		if err == nil && !d.IsDir() && !kernelsOwn(d) {
 			items = append(items, item{"pin", path, func() error { return removeFile(path) }})
 		}
 		return err
@@ -113,7 +118,83 @@ func pinItems(o *options) ([]item, error) {
 	if err != nil {
 		return items, fmt.Errorf("list pins: %w", err)
 	}
-	return append(items, treeItems("pin directory", dir, o.bpffs)...), nil
+	if _, err := os.Lstat(dir); err == nil {
+		items = append(items, item{"pin directory", o.bpffs, func() error { return removePinDir(dir) }})
+	}
+	return items, nil
+}
+
+// removePinDir empties the directory and removes it. Where it is a mount point itself, mountItems does the last step.
+func removePinDir(dir string) error {
+	children, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, c := range children {
+		if !kernelsOwn(c) {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, c.Name())))
+		}
+	}
+	return errors.Join(append(errs, ignore(removeFile(dir), unix.EBUSY))...)
+}
+
+// kernelsOwn tells the two iterators, maps.debug and progs.debug, that the kernel puts into every bpffs and that nobody can remove.
+func kernelsOwn(d fs.DirEntry) bool {
+	return strings.HasSuffix(d.Name(), ".debug")
+}
+
+// mountItems finds the bpffs mounts that were made for the pins.
+func mountItems(o *options) ([]item, error) {
+	mounts, err := remembered(o, mountsName)
+	var items []item
+	for _, path := range slices.Sorted(maps.Keys(mounts)) {
+		items = append(items, item{"bpffs, unless others use it,", "at " + path, func() error {
+			return unmountUnused(o.at(path), filepath.Clean(path) == filepath.Clean(o.bpffs))
+		}})
+	}
+	return items, err
+}
+
+// unmountUnused unmounts a bpffs in which nobody has pinned anything, and removes the mount point if that was ours too.
+func unmountUnused(path string, ours bool) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return ignore(err, unix.ENOENT)
+	}
+	if fs.Type == unix.BPF_FS_MAGIC {
+		left, err := os.ReadDir(path)
+		if err != nil {
+			return err
+		}
+		if len(slices.DeleteFunc(left, kernelsOwn)) > 0 {
+			return nil
+		}
+		if err := ignore(unix.Unmount(path, 0), unix.EINVAL); err != nil {
+			return fmt.Errorf("unmount: %w", err)
+		}
+	}
+	if !ours {
+		return nil
+	}
+	return removeFile(path)
+}
+
+// remembered reads one of the files in which pkg/datapath keeps what it changed, nil where there is none.
+func remembered(o *options, name string) (map[string]string, error) {
+	file := o.at(filepath.Join(o.runDir, name))
+	data, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read what was changed: %w", err)
+	}
+	var before map[string]string
+	if err := json.Unmarshal(data, &before); err != nil {
+		return nil, fmt.Errorf("decode what was changed, %s: %w", file, err)
+	}
+	return before, nil
 }
 
 // treeItems is a directory of ours with everything in it, at path, which the node calls name.
@@ -126,24 +207,16 @@ func treeItems(kind, path, name string) []item {
 
 // sysctlItems finds the kernel settings that were changed, to set them back.
 func sysctlItems(o *options) ([]item, error) {
-	file := o.at(filepath.Join(o.runDir, sysctlsName))
-	data, err := os.ReadFile(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	before, err := remembered(o, sysctlsName)
 	if err != nil {
-		return nil, fmt.Errorf("read the changed settings: %w", err)
-	}
-	var before map[string]string
-	if err := json.Unmarshal(data, &before); err != nil {
-		return nil, fmt.Errorf("decode the changed settings %s: %w", file, err)
+		return nil, err
 	}
 	var items []item
 	var errs []error
 	for _, key := range slices.Sorted(maps.Keys(before)) {
 		setting := strings.TrimPrefix(key, "/proc/sys/")
 		if !filepath.IsLocal(setting) {
-			errs = append(errs, fmt.Errorf("%s names %q, which is no kernel setting", file, key))
+			errs = append(errs, fmt.Errorf("%s names %q, which is no kernel setting", sysctlsName, key))
 			continue
 		}
 		value := strings.TrimSpace(before[key])

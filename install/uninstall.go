@@ -72,6 +72,7 @@ func inventory(o *options, conn *link.Conn) ([]item, error) {
 		func() ([]item, error) { return deviceItems(conn) },
 		routeItems,
 		func() ([]item, error) { return pinItems(o) },
+		func() ([]item, error) { return mountItems(o) },
 		func() ([]item, error) { return sysctlItems(o) },
 	} {
 		found, err := list()

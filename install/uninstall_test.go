@@ -99,7 +99,7 @@ func (m *machine) clsact(device string) {
 func (m *machine) filter(device string, parent uint32, name string, program *ebpf.Program) {
 	m.t.Helper()
 	m.must(netlink.FilterAdd(&netlink.BpfFilter{
-		FilterAttrs: netlink.FilterAttrs{LinkIndex: m.device(device).Attrs().Index, Parent: parent, Protocol: unix.ETH_P_ALL, Priority: 1},
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: m.device(device).Attrs().Index, Parent: parent, Protocol: unix.ETH_P_ALL, Priority: 7},
 		Fd:          program.FD(), Name: name, DirectAction: true,
 	}))
 }
@@ -148,10 +148,10 @@ func (m *machine) occupy() {
 	m.ns.Do(func() {
 		m.clsact("eth0")
 		m.filter("eth0", netlink.HANDLE_MIN_INGRESS, "from_netdev", pinned)
-		m.filter("eth1", netlink.HANDLE_MIN_EGRESS, "margay:to_netdev", m.program())
+		m.filter("eth1", netlink.HANDLE_MIN_EGRESS, "margay/to_netdev", m.program())
 		m.clsact("veth1234")
-		m.filter("veth1234", netlink.HANDLE_MIN_INGRESS, "margay:from_pod", m.program())
-		m.filter("veth1234", netlink.HANDLE_MIN_EGRESS, "margay:to_pod", m.program())
+		m.filter("veth1234", netlink.HANDLE_MIN_INGRESS, "margay/from_pod", m.program())
+		m.filter("veth1234", netlink.HANDLE_MIN_EGRESS, "margay/to_pod", m.program())
 		m.must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs("mgy0123"), PeerName: "pod"}))
 		m.must(netlink.LinkSetUp(m.device("mgy0123")))
 		m.ip("route", "add", "10.244.0.9/32", "dev", "mgy0123", "proto", "77")
@@ -265,7 +265,7 @@ func TestUninstallDryRun(t *testing.T) {
 	}
 	for _, want := range []string{
 		"in use        pod default/web, eth0 on mgy0123: 10.244.0.9 fd00:244::9",
-		"conflist " + conflistPath, "device mgy0123", "tc filters on eth0: ingress from_netdev", "tc filters on veth1234: ingress margay:from_pod, egress margay:to_pod",
+		"conflist " + conflistPath, "device mgy0123", "tc filters on eth0: ingress from_netdev", "tc filters on veth1234: ingress margay/from_pod, egress margay/to_pod",
 		"route 10.96.0.0/12", "route fd00:96::/112", "maps/node_state_v1", "changed setting net/ipv4/ip_forward, back to 0",
 		"run directory /run/margay", "binary /usr/local/bin/margayctl", "binary /opt/cni/bin/margay-ipam",
 	} {
