@@ -37,12 +37,12 @@ type ban struct {
 var bans = []ban{
 	{
 		from:    []string{"pkg/policy", "pkg/service", "pkg/node", "pkg/state"},
-		imports: []string{"github.com/vishvananda", "github.com/cilium/ebpf", "k8s.io/client-go", module + "pkg/bpf"},
+		imports: []string{"github.com/vishvananda/netlink", "github.com/cilium/ebpf", "k8s.io/client-go", module + "pkg/bpf"},
 		why:     "compilers are functions from a snapshot to desired state: they run, and are tested, without a kernel and without a cluster",
 	},
 	{
 		from:    []string{"pkg/ipam", "pkg/endpoint", "ipam"},
-		imports: []string{"github.com/vishvananda", "github.com/cilium/ebpf"},
+		imports: []string{"github.com/vishvananda/netlink", "github.com/cilium/ebpf"},
 		why:     "addresses and records are files: they must be readable and releasable where no network or BPF call works",
 	},
 	{
@@ -57,7 +57,7 @@ var bans = []ban{
 	},
 	{
 		from:    []string{"pkg/bpf"},
-		imports: []string{"github.com/vishvananda", "k8s.io"},
+		imports: []string{"github.com/vishvananda/netlink", "k8s.io"},
 		why:     "the map types are the contract between programs and user space; devices and API objects are none of its business",
 	},
 	{
