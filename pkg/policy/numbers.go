@@ -13,8 +13,8 @@ import (
 // ErrExhausted is wrapped by Compile's error when a number space has no number left.
 var ErrExhausted = errors.New("number space exhausted")
 
-// quarantine is how many successful compilations must pass, after the one that first lacked a policy id, before the id may be used again.
-// By then no reader can still hold the number from an earlier Result.
+// quarantine is how many successful compilations in a row must have lacked a policy id before the id is used again. By then nobody still
+// holds the number from an earlier Result.
 const quarantine = 16
 
 // numbersVersion is the layout of Numbers, and the form of the names in it.
@@ -43,7 +43,7 @@ type Space struct {
 // Freed is a number that went out of use.
 type Freed struct {
 	Number uint32 `json:"number"`
-	// Since is the count of compilations at that time.
+	// Since counts the compilations up to the first one that lacked it.
 	Since uint64 `json:"since"`
 }
 
@@ -85,7 +85,7 @@ func (s *space) plan(inUse map[string]struct{}, now uint64) (*allocation, error)
 		case a.next <= s.last:
 			a.assigned[name] = a.next
 			a.next++
-		case a.taken < len(s.Freed) && now >= s.Freed[a.taken].Since+quarantine:
+		case a.taken < len(s.Freed) && now+1 >= s.Freed[a.taken].Since+quarantine:
 			a.assigned[name] = s.Freed[a.taken].Number
 			a.taken++
 		default:

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// largeCluster has 100 namespaces of apps with 10 replicas, dual stack, 1 pod in 47 local; the policies say in turn: nobody, one app to another,
+// the namespace and a range of ports, out to the world but not into the cluster.
+func largeCluster(pods, policies int) *state.Snapshot {
+	const namespaces = 100
+	s := state.NewSnapshot()
+	ns := func(i int) string { return fmt.Sprintf("ns-%d", i%namespaces) }
+	for i := range namespaces {
+		s.Namespaces[ns(i)] = &state.Namespace{Name: ns(i), Labels: map[string]string{"kubernetes.io/metadata.name": ns(i)}}
+	}
+	for i := range pods {
+		k := state.Key{Namespace: ns(i), Name: fmt.Sprintf("pod-%d", i)}
+		s.Pods[k] = &state.Pod{
+			Key: k, Local: i%47 == 0,
+			Labels: map[string]string{"app": fmt.Sprintf("app-%d", i/namespaces/10), "pod-template-hash": fmt.Sprintf("%08x", i/namespaces/10), "tier": "backend"},
+			IPs: []netip.Addr{
+				netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}),
+				netip.MustParseAddr(fmt.Sprintf("fd00::%x:%x", i>>16, i&0xffff)),
+			},
+			Ports: []state.ContainerPort{{Name: "web", Protocol: state.TCP, Port: 8080}},
+		}
+	}
+	for i := range policies {
+		k := state.Key{Namespace: ns(i), Name: fmt.Sprintf("policy-%d", i)}
+		s.NetworkPolicies[k] = &state.NetworkPolicy{Key: k, Spec: largePolicy(i / namespaces)}
+	}
+	return s
+}
+
+func largePolicy(i int) networkingv1.NetworkPolicySpec {
+	app := func(i int) *metav1.LabelSelector {
+		return &metav1.LabelSelector{MatchLabels: map[string]string{"app": fmt.Sprintf("app-%d", i%5)}}
+	}
+	spec := networkingv1.NetworkPolicySpec{PodSelector: *app(i), PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress}}
+	port, low, end := intstr.FromString("web"), intstr.FromInt32(int32(8000+i)), int32(9000)
+	switch i % 4 {
+	case 1:
+		spec.Ingress = []networkingv1.NetworkPolicyIngressRule{{
+			From:  []networkingv1.NetworkPolicyPeer{{PodSelector: app(i + 1)}},
+			Ports: []networkingv1.NetworkPolicyPort{{Port: &port}},
+		}}
+	case 2:
+		spec.Ingress = []networkingv1.NetworkPolicyIngressRule{{
+			From:  []networkingv1.NetworkPolicyPeer{{NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"kubernetes.io/metadata.name": fmt.Sprintf("ns-%d", i)}}}},
+			Ports: []networkingv1.NetworkPolicyPort{{Port: &low, EndPort: &end}},
+		}}
+	case 3:
+		spec.PolicyTypes = []networkingv1.PolicyType{networkingv1.PolicyTypeEgress}
+		spec.Egress = []networkingv1.NetworkPolicyEgressRule{{To: []networkingv1.NetworkPolicyPeer{
+			{IPBlock: &networkingv1.IPBlock{CIDR: "0.0.0.0/0", Except: []string{"10.0.0.0/8"}}},
+			{IPBlock: &networkingv1.IPBlock{CIDR: "::/0", Except: []string{"fd00::/8"}}},
+		}}}
+	}
+	return spec
+}
+
+func BenchmarkCompile(b *testing.B) {
+	for _, size := range []struct{ pods, policies int }{{5000, 1000}, {5000, 10000}} {
+		s := largeCluster(size.pods, size.policies)
+		name := fmt.Sprintf("pods=%d/policies=%d", size.pods, size.policies)
+		b.Run(name+"/first", func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				r, err := NewCompiler().Compile(s)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(len(r.Entries)), "entries")
+			}
+		})
+		// One policy changes its text; what the agent does with it then.
+		b.Run(name+"/change", func(b *testing.B) {
+			b.ReportAllocs()
+			c := NewCompiler()
+			old, err := c.Compile(s)
+			if err != nil {
+				b.Fatal(err)
+			}
+			s, k := clone(s), state.Key{Namespace: "ns-0", Name: "policy-0"}
+			for i := 0; b.Loop(); i++ {
+				s.NetworkPolicies[k] = &state.NetworkPolicy{Key: k, Spec: largePolicy(i)}
+				r, err := c.Compile(s)
+				if err != nil {
+					b.Fatal(err)
+				}
+				Changed(old, r)
+				old = r
+			}
+		})
+	}
+}
