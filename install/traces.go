@@ -70,7 +70,7 @@ func manifestItems(o *options, m *manifest) []item {
 		if _, err := os.Lstat(o.at(dir)); errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		it := item{"directory, unless others use it,", dir, func() error { return removeEmptyDir(o.at(dir)) }}
+		it := item{"directory", dir + " (if empty)", func() error { return removeEmptyDir(o.at(dir)) }}
 		if strings.HasPrefix(o.stateDir, dir+"/") {
 			above = append(above, it)
 		} else {
@@ -84,7 +84,7 @@ func manifestItems(o *options, m *manifest) []item {
 // removeEmptyDir leaves a directory alone in which somebody has put something.
 func removeEmptyDir(path string) error {
 	if left, err := os.ReadDir(path); err == nil && len(left) > 0 {
-		return nil
+		return errKept
 	}
 	return removeFile(path)
 }
@@ -149,7 +149,7 @@ func mountItems(o *options) ([]item, error) {
 	mounts, err := remembered(o, mountsName)
 	var items []item
 	for _, path := range slices.Sorted(maps.Keys(mounts)) {
-		items = append(items, item{"bpffs, unless others use it,", "at " + path, func() error {
+		items = append(items, item{"bpffs", path + " (if nobody else uses it)", func() error {
 			return unmountUnused(o.at(path), filepath.Clean(path) == filepath.Clean(o.bpffs))
 		}})
 	}
@@ -168,7 +168,7 @@ func unmountUnused(path string, ours bool) error {
 			return err
 		}
 		if len(slices.DeleteFunc(left, kernelsOwn)) > 0 {
-			return nil
+			return errKept
 		}
 		if err := ignore(unix.Unmount(path, 0), unix.EINVAL); err != nil {
 			return fmt.Errorf("unmount: %w", err)

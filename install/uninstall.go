@@ -23,6 +23,9 @@ type item struct {
 	remove func() error // a trace that is gone already is success
 }
 
+// errKept is what remove returns about something of ours that others use by now.
+var errKept = errors.New("in use by others")
+
 // uninstall removes every trace it finds, in an order in which nothing that still works is left without what it needs: first the conflist,
 // so that the runtime sends no further pods, at the end the list of what was installed. What fails is reported, and the rest goes on.
 func uninstall(ctx context.Context, o *options, stdout io.Writer) error {
@@ -50,11 +53,14 @@ func uninstall(ctx context.Context, o *options, stdout io.Writer) error {
 			errs = append(errs, err)
 			break
 		}
-		if err := it.remove(); err != nil {
+		switch err := it.remove(); {
+		case errors.Is(err, errKept):
+			report(stdout, "kept", it.kind+" "+it.name)
+		case err != nil:
 			errs = append(errs, fmt.Errorf("remove %s %s: %w", it.kind, it.name, err))
-			continue
+		default:
+			report(stdout, "removed", it.kind+" "+it.name)
 		}
-		report(stdout, "removed", it.kind+" "+it.name)
 	}
 	return errors.Join(errs...)
 }

@@ -340,6 +340,20 @@ func TestUninstallAfterKilledInstall(t *testing.T) {
 	}
 }
 
+// TestUninstallKeepsOthersFiles: a directory that we made stays when somebody else has put a file there.
+func TestUninstallKeepsOthersFiles(t *testing.T) {
+	m := newMachine(t)
+	m.ok("--bin-dir", "/usr/local/bin")
+	m.write(m.at("/usr/local/bin/other"), "", 0o755)
+	out := m.ok("--uninstall")
+	if _, err := os.Stat(m.at("/usr/local/bin/other")); err != nil {
+		t.Error(err)
+	}
+	if want := "kept          directory /usr/local/bin"; !strings.Contains(out, want) {
+		t.Errorf("--uninstall printed\n%s\nwant %q in it", out, want)
+	}
+}
+
 // TestUninstallGoesOnAfterErrors: damaged files hinder nothing but themselves, and the exit code says so.
 func TestUninstallGoesOnAfterErrors(t *testing.T) {
 	m := newMachine(t)
