@@ -25,6 +25,9 @@ const LockFile = "events.lock"
 // ErrEventsBusy says that another process reads the events: the ring buffer gives each event to one reader only.
 var ErrEventsBusy = errors.New("another process is reading the events")
 
+// tick is how much older than now the programs' coarse clock may be: one tick of the slowest kernel (100 Hz), twice.
+const tick = 20 * time.Millisecond
+
 // Event is one sampled drop or verdict. The JSON names are a promise to scripts.
 type Event struct {
 	Time time.Time `json:"time"`
@@ -98,7 +101,7 @@ func NewReader(events *ebpf.Map, run string, history time.Duration) (*Reader, er
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open events: %w", err), lock.Close())
 	}
-	since := uint64(max(0, clock.Monotonic-history))
+	since := uint64(max(0, clock.Monotonic-history-tick))
 	return &Reader{ring: ring, lock: lock, clock: clock, since: since}, nil
 }
 

@@ -225,4 +225,29 @@ func TestEntries(t *testing.T) {
 			}
 		})
 	}
+	for name, count := range map[string]func(*ebpf.Map) (int, error){"batched": Count, "one by one": countOneByOne} {
+		if got, err := count(m); err != nil || got != 300 {
+			t.Errorf("%s: count = %d, %v; want 300", name, got, err)
+		}
+	}
+}
+
+// TestEntriesGrows: one bucket that holds more entries than a batch needs a larger batch, not an error.
+func TestEntriesGrows(t *testing.T) {
+	privileged.Require(t)
+	m := newMap[uint32, uint64](t, ebpf.Hash, 512, 1 /* BPF_F_NO_PREALLOC */)
+	for i := range uint32(512) {
+		put(t, m, i, uint64(i))
+	}
+	seen, allocated := 0, 0
+	var keys []uint32
+	err := batches(m, func(size int) (any, any) {
+		allocated++
+		size /= 512 // starts with one entry
+		keys = make([]uint32, size)
+		return keys, make([]uint64, size)
+	}, func(n int) bool { seen += n; return true })
+	if err != nil || seen != 512 || allocated < 2 {
+		t.Errorf("read %d entries with %d allocations, %v; want 512 and more than one", seen, allocated, err)
+	}
 }

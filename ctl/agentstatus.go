@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	agentTimeout = 2 * time.Second
+	// agentAnswer bounds what is read of the agent's answer.
+	agentAnswer = 1 << 20
+)
+
+// agentInfo is what the agent says about itself.
+type agentInfo struct {
+	Running bool `json:"running"`
+	// Status is the answer of GET /status, as the agent gave it.
+	Status json.RawMessage `json:"status,omitempty"`
+	// Fault says why the status is not known.
+	Fault string `json:"fault,omitempty"`
+}
+
+// askAgent asks over the agent's socket. No agent is no error: everything else works without.
+func askAgent(ctx context.Context, run string) agentInfo {
+	ctx, cancel := context.WithTimeout(ctx, agentTimeout)
+	defer cancel()
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(run, "agent.sock"))
+		},
+	}}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/status", nil)
+	if err != nil {
+		return agentInfo{Fault: err.Error()}
+	}
+	response, err := client.Do(request)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return agentInfo{}
+	}
+	if err != nil {
+		return agentInfo{Running: true, Fault: fmt.Sprintf("does not answer: %v", err)}
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(response.Body, agentAnswer))
+	if err != nil || response.StatusCode != http.StatusOK || !json.Valid(body) {
+		return agentInfo{Running: true, Fault: fmt.Sprintf("gave no status: %s", response.Status)}
+	}
+	return agentInfo{Running: true, Status: body}
+}
+
+// agentStatus is the part of the agent's answer that status shows as text; the whole answer is in its JSON.
+type agentStatus struct {
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+	Ready   bool      `json:"ready"`
+	Last    struct {
+		Problems []string `json:"problems"`
+		Faults   []struct {
+			Map   string `json:"map"`
+			Error string `json:"error"`
+			Cure  string `json:"cure"`
+		} `json:"faults"`
+		Counts struct {
+			Pods     int `json:"pods"`
+			Services int `json:"services"`
+			Policies int `json:"policies"`
+		} `json:"counts"`
+		Devices []struct {
+			Name  string `json:"name"`
+			Error string `json:"error"`
+		} `json:"devices"`
+	} `json:"last"`
+	Source []struct {
+		File    string `json:"file"`
+		Line    int    `json:"line"`
+		Object  string `json:"object"`
+		Message string `json:"message"`
+	} `json:"source"`
+}
+
+// text is one line about the agent.
+func (i agentInfo) text(now time.Time) string {
+	switch {
+	case !i.Running && i.Fault == "":
+		return "not running; pods start and keep working, but services and policies do not change"
+	case i.Fault != "":
+		return i.Fault
+	}
+	var s agentStatus
+	if err := json.Unmarshal(i.Status, &s); err != nil {
+		return "running"
+	}
+	parts := []string{"running"}
+	if s.Version != "" {
+		parts = append(parts, "version "+s.Version)
+	}
+	if s.PID != 0 {
+		parts = append(parts, fmt.Sprintf("pid %d", s.PID))
+	}
+	if !s.Started.IsZero() {
+		parts = append(parts, "for "+span(now.Sub(s.Started)))
+	}
+	c := s.Last.Counts
+	return fmt.Sprintf("%s; pods %d, services %d, policies %d", strings.Join(parts, ", "), c.Pods, c.Services, c.Policies)
+}
+
+// problems are what the agent itself reports, and that it does not answer.
+func (i agentInfo) problems() []string {
+	if i.Fault != "" {
+		return []string{"margay-agent " + i.Fault}
+	}
+	var s agentStatus
+	if !i.Running || json.Unmarshal(i.Status, &s) != nil {
+		return nil
+	}
+	var list []string
+	if !s.Ready {
+		list = append(list, "margay-agent has not read its source yet: services and policies are those of its last run")
+	}
+	for _, p := range s.Source {
+		text := p.File
+		if p.Line > 0 {
+			text = fmt.Sprintf("%s:%d", p.File, p.Line)
+		}
+		if p.Object != "" {
+			text += ": " + p.Object
+		}
+		list = append(list, text+": "+p.Message)
+	}
+	for _, f := range s.Last.Faults {
+		text := fmt.Sprintf("map %s: %s", f.Map, f.Error)
+		if f.Cure != "" {
+			text += "; " + f.Cure
+		}
+		list = append(list, text)
+	}
+	for _, d := range s.Last.Devices {
+		if d.Error != "" {
+			list = append(list, fmt.Sprintf("device %s: %s", d.Name, d.Error))
+		}
+	}
+	return append(list, s.Last.Problems...)
+}

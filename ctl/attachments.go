@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/margay-cni/margay/pkg/datapath"
+)
+
+// attachments says whether the programs of the pinned build are on a device: nil when they are.
+type attachments interface {
+	PodAttached(ifindex int) error
+	NetdevAttached(ifindex int) error
+}
+
+// openDatapath opens this build's programs, with or without verdict events: whoever loaded them decided that.
+func openDatapath(cfg datapath.Config) (*datapath.Datapath, error) {
+	d, err := datapath.Open(cfg)
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		cfg.VerdictEvents = true
+		d, err = datapath.Open(cfg)
+	}
+	if errors.Is(err, datapath.ErrNotLoaded) {
+		return nil, fmt.Errorf("the pinned programs are not those of this margayctl's build (%w): whether devices carry them is not known", err)
+	}
+	return d, err
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/spf13/cobra"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/flow"
+)
+
+// backendInfo is one backend of a frontend. Scopes say for whom: "internal" (pods and processes of this node), "external" (clients from
+// outside).
+type backendInfo struct {
+	Address netip.AddrPort `json:"address"`
+	Pod     string         `json:"pod,omitempty"`
+	Scopes  []string       `json:"scopes"`
+}
+
+// serviceInfo is one frontend of a service port.
+type serviceInfo struct {
+	ID       uint32         `json:"id"`
+	Name     string         `json:"name,omitempty"`
+	Protocol string         `json:"protocol"`
+	Frontend netip.AddrPort `json:"frontend"`
+	// NodePort: the frontend's address is the unspecified one and stands for every NodePort address of the family.
+	NodePort bool          `json:"nodePort"`
+	Backends []backendInfo `json:"backends"`
+	// Missing backends are counted by the service, but not in their list.
+	Missing int      `json:"missing,omitempty"`
+	Flags   []string `json:"flags,omitempty"`
+}
+
+type serviceList struct {
+	Services []serviceInfo `json:"services"`
+
+	numeric bool
+}
+
+func newServices(a *app) *cobra.Command {
+	var numeric bool
+	cmd := &cobra.Command{
+		Use:   "services",
+		Short: "List the service frontends and their backends",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			s := a.source()
+			defer s.close()
+			services, err := s.openMap("services")
+			if err != nil {
+				return err
+			}
+			backends, err := s.openMap("backends")
+			if err != nil {
+				return err
+			}
+			list, err := collectServices(services, backends, a.names())
+			if err != nil {
+				return err
+			}
+			return a.show(serviceList{list, numeric})
+		},
+	}
+	cmd.Flags().BoolVarP(&numeric, "numeric", "n", false, "show addresses instead of pod names")
+	return cmd
+}
+
+// collectServices reads every frontend with its backends, ordered by name and frontend.
+func collectServices(services, backends *ebpf.Map, names *flow.Names) ([]serviceInfo, error) {
+	slots := map[bpf.BackendKey]netip.AddrPort{}
+	err := flow.Entries(backends, func(k bpf.BackendKey, b bpf.Backend) bool {
+		slots[k] = b.AddrPort()
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	list := []serviceInfo{}
+	err = flow.Entries(services, func(k bpf.FrontendKey, s bpf.Service) bool {
+		list = append(list, newServiceInfo(k, s, slots, names))
+		return true
+	})
+	slices.SortFunc(list, func(a, b serviceInfo) int {
+		return cmp.Or(nameless(a)-nameless(b), strings.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID), a.Frontend.Compare(b.Frontend))
+	})
+	return list, err
+}
+
+// nameless puts what has no name last.
+func nameless(s serviceInfo) int {
+	if s.Name == "" {
+		return 1
+	}
+	return 0
+}
+
+func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]netip.AddrPort, names *flow.Names) serviceInfo {
+	frontend := netip.AddrPortFrom(k.Addr.Netip(), bpf.Port16(k.Port))
+	info := serviceInfo{
+		ID: s.Id, Name: names.Service(s.Id), Protocol: flow.ProtocolName(k.Proto), Frontend: frontend,
+		NodePort: frontend.Addr().IsUnspecified(), Backends: []backendInfo{}, Flags: bpf.ServiceFlagNames(s.Flags),
+	}
+	scopes := map[netip.AddrPort][]string{}
+	for scope, name := range []string{bpf.ScopeExternal: "external", bpf.ScopeInternal: "internal"} {
+		missing := 0
+		for slot := range s.Count[scope] {
+			b, ok := slots[bpf.BackendKey{List: s.List[scope], Slot: slot}]
+			if !ok {
+				missing++
+			} else if !slices.Contains(scopes[b], name) {
+				scopes[b] = append(scopes[b], name)
+			}
+		}
+		info.Missing = max(info.Missing, missing)
+	}
+	for b, in := range scopes {
+		info.Backends = append(info.Backends, backendInfo{Address: b, Pod: names.Pod(b.Addr()), Scopes: in})
+	}
+	slices.SortFunc(info.Backends, func(a, b backendInfo) int { return a.Address.Compare(b.Address) })
+	return info
+}
+
+func (l serviceList) print(w io.Writer) {
+	if len(l.Services) == 0 {
+		fmt.Fprintln(w, "no services: margay-agent has not written any")
+		return
+	}
+	t := newTable("NAME", "PROTO", "FRONTEND", "COUNT", "BACKENDS", "FLAGS")
+	for _, s := range l.Services {
+		var ends []string
+		for _, b := range s.Backends {
+			if l.numeric {
+				b.Pod = ""
+			}
+			ends = append(ends, end(s.Protocol, b.Address, b.Pod))
+		}
+		flags := slices.Clone(s.Flags)
+		if s.NodePort {
+			flags = append([]string{"nodeport"}, flags...)
+		}
+		if s.Missing > 0 {
+			flags = append(flags, fmt.Sprintf("%d missing", s.Missing))
+		}
+		name := cmp.Or(s.Name, fmt.Sprintf("service %d", s.ID))
+		t.add(name, s.Protocol, s.Frontend.String(), s.counts(), dash(shorten(ends, 3)), dash(strings.Join(flags, ",")))
+	}
+	t.print(w)
+}
+
+// counts says how many backends there are, by scope where the scopes differ.
+func (s serviceInfo) counts() string {
+	var internal, external int
+	same := true
+	for _, b := range s.Backends {
+		in, out := slices.Contains(b.Scopes, "internal"), slices.Contains(b.Scopes, "external")
+		if in {
+			internal++
+		}
+		if out {
+			external++
+		}
+		same = same && in == out
+	}
+	if same {
+		return fmt.Sprint(internal)
+	}
+	return fmt.Sprintf("%d internal, %d external", internal, external)
+}
