@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cni
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"path/filepath"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/margay-cni/margay/pkg/ipam"
+)
+
+// Starting a process is most of an ADD's cost, so our own IPAM plugin is called in-process; any other one is executed as the
+// specification has it. Both are given the whole standard input.
+
+func (at *attachment) ownIPAM() bool {
+	return at.conf.IPAM.Type == ipam.PluginType
+}
+
+func (at *attachment) ipamConfig() (*ipam.Config, ipam.Attachment, error) {
+	c, err := ipam.LoadConfig(at.args.StdinData, at.args.Args)
+	return c, ipam.Attachment{
+		ContainerID: at.args.ContainerID, IfName: at.args.IfName, Netns: at.args.Netns,
+		PodNamespace: at.pod.namespace, PodName: at.pod.name,
+	}, err
+}
+
+// allocate gets the pod's addresses. A failed plugin is told to release what it may have taken.
+func (at *attachment) allocate(ctx context.Context) (r *types100.Result, err error) {
+	if at.ownIPAM() {
+		c, who, err := at.ipamConfig()
+		if err != nil {
+			return nil, at.ipamError(err, "ADD")
+		}
+		given, err := ipam.Add(ctx, c, who)
+		if err != nil {
+			return nil, at.ipamError(err, "ADD")
+		}
+		return given.Result(), nil
+	}
+	path, err := at.delegatePath()
+	if err != nil {
+		return nil, err
+	}
+	raw, err := invoke.ExecPluginWithResult(ctx, path, at.args.StdinData, delegateArgs("ADD", at.args), nil)
+	if err == nil {
+		r, err = types100.NewResultFromResult(raw)
+	}
+	if err != nil {
+		ctx, cancel := cleanupContext(ctx)
+		defer cancel()
+		return nil, at.ipamError(errors.Join(err, at.release(ctx)), "ADD")
+	}
+	return r, nil
+}
+
+// release gives the pod's addresses back. Nothing to give back is success.
+func (at *attachment) release(ctx context.Context) error {
+	if at.conf.IPAM.Type == "" {
+		return nil
+	}
+	return at.ipamCommand(ctx, "DEL", ipam.Del)
+}
+
+// checkLease asks whether the pod still has its addresses.
+func (at *attachment) checkLease(ctx context.Context, have []netip.Addr) error {
+	return at.ipamCommand(ctx, "CHECK", func(ctx context.Context, c *ipam.Config, who ipam.Attachment) error {
+		return ipam.Check(ctx, c, who, have)
+	})
+}
+
+func (at *attachment) ipamStatus(ctx context.Context) error {
+	return at.ipamCommand(ctx, "STATUS", func(ctx context.Context, c *ipam.Config, _ ipam.Attachment) error {
+		return ipam.Status(ctx, c)
+	})
+}
+
+func (at *attachment) ipamGC(ctx context.Context) error {
+	return at.ipamCommand(ctx, "GC", func(ctx context.Context, c *ipam.Config, _ ipam.Attachment) error {
+		_, err := ipam.GC(ctx, c, c.Valid)
+		return err
+	})
+}
+
+// ipamCommand runs a command without a result, in-process or as a delegate.
+func (at *attachment) ipamCommand(ctx context.Context, command string, own func(context.Context, *ipam.Config, ipam.Attachment) error) error {
+	if at.ownIPAM() {
+		c, who, err := at.ipamConfig()
+		if err == nil {
+			err = own(ctx, c, who)
+		}
+		return at.ipamError(err, command)
+	}
+	path, err := at.delegatePath()
+	if err != nil {
+		return err
+	}
+	err = invoke.ExecPluginWithoutResult(ctx, path, at.args.StdinData, delegateArgs(command, at.args), nil)
+	return at.ipamError(err, command)
+}
+
+func (at *attachment) ipamError(err error, command string) error {
+	if err == nil {
+		return nil
+	}
+	return fail(codeIPAM, err, "IPAM plugin %s, %s", at.conf.IPAM.Type, command)
+}
+
+func (at *attachment) delegatePath() (string, error) {
+	path, err := invoke.FindInPath(at.conf.IPAM.Type, filepath.SplitList(at.args.Path))
+	if err != nil {
+		return "", fail(types.ErrInvalidNetworkConfig, err,
+			"ipam.type names %s, which is not in CNI_PATH (%s): install it or correct the conflist", at.conf.IPAM.Type, at.args.Path)
+	}
+	return path, nil
+}
+
+func delegateArgs(command string, args *skel.CmdArgs) *invoke.Args {
+	return &invoke.Args{
+		Command: command, ContainerID: args.ContainerID, NetNS: args.Netns, PluginArgsStr: args.Args, IfName: args.IfName, Path: args.Path,
+	}
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command margay is the CNI plugin. Container runtimes run it with the command in the environment and the configuration on standard input,
+// as the CNI specification has it; see pkg/cni.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/cni"
+)
+
+func main() {
+	os.Exit(run())
+}
+
+func run() int {
+	// A runtime that gives up sends SIGTERM first: the command then undoes what it did.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	return cni.New(os.Stdout).Run(ctx)
+}
