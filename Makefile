@@ -32,8 +32,10 @@ STATICCHECK := go tool -modfile=hack/tools/go.mod staticcheck
 SCRIPTS = $(shell grep -rlE '^#!.*\b(ba)?sh\b' hack .ci)
 
 # Packages whose tests import internal/testutil need root (privileged.Require is there) and are tested by test-root, the others by
-# test-unit. $(1) is the sense of the grep.
-packages = $(shell go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}' ./... | grep $(1) ' .*/internal/testutil/' | cut -d ' ' -f 1)
+# test-unit. In the shell, not by make, so that a package that does not load ends the recipe.
+list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}' ./...
+root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
+unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
 .PHONY: help build $(BINARIES) demo test test-unit test-root lint fmt generate generate-check bench fuzz ci deps clean install uninstall
 
@@ -45,7 +47,7 @@ help: ## Print this list
 build: $(BINARIES) ## Build the static binaries into bin/
 
 $(BINARIES):
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/$@ $(main_$@)
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/$@ $(main_$@)
 
 demo: build ## Show Margay at work: real pods, packets and bytes on this machine (needs root)
 	./hack/demo
@@ -53,13 +55,12 @@ demo: build ## Show Margay at work: real pods, packets and bytes on this machine
 test: test-unit test-root ## Run every test; as root also the ones that need it
 
 test-unit: ## Run the tests of the packages that need no root (with the race detector in CI)
-	go test $(if $(CI),-race) -timeout 5m $(TESTFLAGS) $(call packages,-v)
+	packages=$$($(unit_packages)); go test $(if $(CI),-race) -timeout 5m $(TESTFLAGS) $$packages
 
 # One package at a time: some of them measure, and all of them share the two cores of a CI machine.
 test-root: ## Run the tests of the packages that need root; without it most of them are skipped
 	@[[ $$EUID -eq 0 ]] || echo 'test-root: not root: the tests that need it are skipped'
-	@packages='$(call packages,-e)'; [[ -z $$packages ]] || \
-		{ set -x; go test -count=1 -p 1 -timeout 20m $(TESTFLAGS) $$packages; }
+	packages=$$($(root_packages)); go test -count=1 -p 1 -timeout 20m $(TESTFLAGS) $$packages
 
 lint: ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }
