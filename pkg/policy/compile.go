@@ -303,7 +303,7 @@ func (w *compilation) ruleNames() map[string]struct{} {
 			if !on {
 				continue
 			}
-			names[o.isolation(Direction(d)).String()] = struct{}{}
+			names[o.isolationName[d]] = struct{}{}
 			for _, r := range o.rules[d] {
 				names[r.name] = struct{}{}
 			}
@@ -346,8 +346,7 @@ func (w *compilation) writeRules() {
 			if !on {
 				continue
 			}
-			isolation := o.isolation(Direction(d))
-			w.result.Rules[w.numbers.rules[isolation.String()]] = isolation
+			w.result.Rules[w.numbers.rules[o.isolationName[d]]] = o.isolation[d]
 			for _, r := range o.rules[d] {
 				w.result.Rules[w.numbers.rules[r.name]] = r.ref
 			}

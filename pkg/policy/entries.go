@@ -165,6 +165,9 @@ func pruneAgainst(wide map[portPrefix]uint32, list []permission) []permission {
 
 // prune returns the prefixes in order, without those that another one holds.
 func prune(list []portPrefix) []portPrefix {
+	if len(list) < 2 {
+		return list
+	}
 	permissions := make([]permission, len(list))
 	for i, p := range list {
 		permissions[i].portPrefix = p

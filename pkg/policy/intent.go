@@ -17,8 +17,8 @@ type intent struct {
 	hash      string // of direction and rules
 	direction Direction
 	rules     []statement
-	isolation string // name of the isolation rule of the first policy
-	first     Rule
+	first     Rule   // isolation rule of the first policy that says this
+	isolation string // its name
 }
 
 // statement is a rule whose ports have been resolved as far as the subject can resolve them.
@@ -30,11 +30,6 @@ type statement struct {
 	peers   []*peer
 	ports   []portPrefix
 	named   []namedPort // egress only: the peer resolves them
-}
-
-// isolation is the rule that denies what no rule of the policy allows.
-func (o *object) isolation(d Direction) Rule {
-	return Rule{Kind: "NetworkPolicy", Object: o.key, Direction: d, Index: Isolation}
 }
 
 // intentOf returns the intent of a pod of class of, selected by objects. Groups remembers what was worked out for the same policies and
@@ -71,16 +66,15 @@ func groupKey(d Direction, objects []*object, of *class) string {
 }
 
 func newIntent(d Direction, objects []*object, of *class) *intent {
-	in := &intent{direction: d, first: objects[0].isolation(d)}
+	in := &intent{direction: d, first: objects[0].isolation[d], isolation: objects[0].isolationName[d]}
 	for _, o := range objects {
 		for _, r := range o.rules[d] {
-			if s, ok := r.statement(d, of); ok {
+			if s := r.statementFor(d, of); !s.empty() {
 				in.rules = append(in.rules, s)
 			}
 		}
 	}
 	in.normalize()
-	in.isolation = in.first.String()
 	sum := sha256.New()
 	sum.Write([]byte(d.String()))
 	for _, s := range in.rules {
@@ -90,20 +84,25 @@ func newIntent(d Direction, objects []*object, of *class) *intent {
 	return in
 }
 
-// statement resolves the rule for a subject of class of. A rule that can match nothing says nothing.
-func (r *rule) statement(d Direction, of *class) (statement, bool) {
-	s := statement{ref: r.ref, name: r.name, anyPeer: r.anyPeer, peers: r.peers, ports: r.ports, named: r.named}
-	if d == Ingress && len(r.named) > 0 {
-		s.ports, s.named = append(slices.Clone(r.ports), resolve(r.named, of.ports)...), nil
+// statementFor is the statement of the rule for a subject of class of.
+func (r *rule) statementFor(d Direction, of *class) statement {
+	if d == Egress || len(r.named) == 0 {
+		return r.said
 	}
-	if len(s.ports) == 0 && len(s.named) == 0 || !s.anyPeer && len(s.peers) == 0 {
-		return s, false
-	}
-	s.ports = prune(s.ports)
+	return r.statement(append(slices.Clone(r.ports), resolve(r.named, of.ports)...), nil)
+}
+
+func (r *rule) statement(ports []portPrefix, named []namedPort) statement {
+	s := statement{ref: r.ref, name: r.name, anyPeer: r.anyPeer, peers: r.peers, ports: prune(ports), named: named}
 	names := strings.Split(joinStrings(s.named), ",")
 	slices.Sort(names)
 	s.key = r.peersKey + " ports " + joinStrings(s.ports) + " names " + strings.Join(slices.Compact(names), ",")
-	return s, true
+	return s
+}
+
+// empty reports that nothing can match, as with names that the subject does not declare.
+func (s *statement) empty() bool {
+	return len(s.ports) == 0 && len(s.named) == 0 || !s.anyPeer && len(s.peers) == 0
 }
 
 // normalize brings the rules into an order, once each; next to a rule that allows everything the others say nothing.

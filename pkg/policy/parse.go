@@ -28,7 +28,10 @@ type object struct {
 	subject  labels.Selector // nil: every pod of the namespace
 	isolates [2]bool
 	rules    [2][]*rule
-	err      error
+	// isolation is the rule that denies what none of rules allows, and its name.
+	isolation     [2]Rule
+	isolationName [2]string
+	err           error
 }
 
 // rule is one ingress or egress rule. Its ports and peers are sets: what they hold is joined by "or".
@@ -40,6 +43,7 @@ type rule struct {
 	peersKey string // equal keys match equal peers
 	ports    []portPrefix
 	named    []namedPort
+	said     statement // for subjects that resolve no port
 }
 
 // peer is one entry of from or to: either block and except, or pods in namespaces.
@@ -54,6 +58,10 @@ type peer struct {
 
 func parseObject(p *state.NetworkPolicy) *object {
 	o := &object{key: p.Key}
+	for d := range o.isolation {
+		o.isolation[d] = Rule{Kind: "NetworkPolicy", Object: o.key, Direction: Direction(d), Index: Isolation}
+		o.isolationName[d] = o.isolation[d].String()
+	}
 	var faults []error
 	subject, err := metav1.LabelSelectorAsSelector(&p.Spec.PodSelector)
 	if err != nil {
@@ -115,6 +123,7 @@ func (o *object) add(d Direction, index int, peers []networkingv1.NetworkPolicyP
 	if r.anyPeer {
 		r.peersKey = "any"
 	}
+	r.said = r.statement(r.ports, r.named)
 	o.rules[d] = append(o.rules[d], r)
 	return errors.Join(faults...)
 }
