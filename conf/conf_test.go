@@ -3,14 +3,21 @@
 package conf_test
 
 import (
+	"encoding/json"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/conf"
+	"github.com/margay-cni/margay/internal/testutil/privileged"
+	"github.com/margay-cni/margay/pkg/cni"
+	"github.com/margay-cni/margay/pkg/ipam"
 )
 
 // loaders knows every kind of file that we ship, by its path below conf/.
@@ -63,6 +70,54 @@ func loadConflist(t *testing.T, content []byte) {
 				t.Errorf("plugin %s does not declare capability %s: the runtime would not pass it", p.Network.Type, capability)
 			}
 		}
+	}
+}
+
+// plugin returns what the runtime gives our plugin of the shipped conflist, with the node's directories below dir.
+func plugin(t *testing.T, dir string) []byte {
+	t.Helper()
+	list, err := libcni.NetworkConfFromBytes(conf.Conflist)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stdin map[string]any
+	if err := json.Unmarshal(list.Plugins[0].Bytes, &stdin); err != nil {
+		t.Fatal(err)
+	}
+	stdin["name"], stdin["cniVersion"] = list.Name, list.CNIVersion
+	stdin["runDir"], stdin["bpffs"] = filepath.Join(dir, "run"), filepath.Join(dir, "bpffs")
+	content, err := json.Marshal(stdin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return content
+}
+
+// TestConflistAssignsAddresses: the shipped ranges give a pod one address of each family.
+func TestConflistAssignsAddresses(t *testing.T) {
+	c, err := ipam.LoadConfig(plugin(t, t.TempDir()), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	assigned, err := ipam.Add(t.Context(), c, ipam.Attachment{ContainerID: "c1", IfName: "eth0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, ip := range assigned.IPs {
+		got = append(got, ip.Address.Masked().String())
+	}
+	if diff := cmp.Diff([]string{"10.244.0.0/24", "fd00:244::/64"}, got); diff != "" {
+		t.Errorf("subnets of the assigned addresses (-want +got):\n%s", diff)
+	}
+}
+
+// TestConflistServes: the plugin finds nothing wrong with the shipped file on this machine.
+func TestConflistServes(t *testing.T) {
+	privileged.Require(t)
+	args := &skel.CmdArgs{StdinData: plugin(t, t.TempDir())}
+	if err := cni.New(io.Discard).Status(t.Context(), args); err != nil {
+		t.Errorf("STATUS = %v, want success", err)
 	}
 }
 
