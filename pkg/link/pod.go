@@ -84,7 +84,7 @@ func (c *Conn) ConfigurePod(p Pod) error {
 			return fmt.Errorf("add pod route %s: %w", routeText(r), err)
 		}
 	}
-	return nil
+	return c.waitLocal(p.Addresses)
 }
 
 func (c *Conn) addAddress(index int, a netip.Addr) error {

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package nodetest makes a whole node for tests of the dataplane: a network namespace with its own bpffs and run directory, the shipped
+// programs loaded over fresh maps, pods connected as the CNI plugin does it, and an external client on a network of its own. It fills the
+// maps directly; tests of the plugin and the agent bring those instead.
+package nodetest
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/internal/testutil/netnstest"
+	"github.com/margay-cni/margay/internal/testutil/privileged"
+	"github.com/margay-cni/margay/pkg/addr"
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/link"
+)
+
+// Addresses of the fixture: documentation and private ranges that exist only inside its namespaces.
+var (
+	NodeAddrs   = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8:1::1")}
+	ClientAddrs = []netip.Addr{netip.MustParseAddr("192.0.2.100"), netip.MustParseAddr("2001:db8:1::100")}
+)
+
+// Node is a node that lives until the test ends.
+type Node struct {
+	t      testing.TB
+	NS     *netnstest.NS
+	DP     *datapath.Datapath
+	Config datapath.Config
+	// Client is the external host; ClientDevice the node's device towards it, with from_netdev attached.
+	Client       *netnstest.NS
+	ClientDevice int
+	pods         int
+}
+
+// Pod is a pod of a Node.
+type Pod struct {
+	NS      *netnstest.NS
+	Name    string
+	Addrs   []netip.Addr // IPv4, IPv6
+	Ifindex int          // host-side device
+	MAC     net.HardwareAddr
+	HostMAC net.HardwareAddr
+}
+
+// Addr returns the pod's address of a's family.
+func (p *Pod) Addr(v6 bool) netip.Addr {
+	for _, a := range p.Addrs {
+		if a.Is6() == v6 {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// New makes the node. It needs root.
+func New(t testing.TB) *Node {
+	t.Helper()
+	privileged.Require(t)
+	n := &Node{t: t, NS: netnstest.New(t)}
+	n.Config = datapath.Config{BPFFS: filepath.Join(t.TempDir(), "bpf"), Run: t.TempDir()}
+	t.Cleanup(func() {
+		if err := unix.Unmount(n.Config.BPFFS, unix.MNT_DETACH); err != nil && !os.IsNotExist(err) {
+			t.Errorf("unmount bpffs: %v", err)
+		}
+	})
+	n.NS.Do(func() {
+		dp, err := datapath.Ensure(context.Background(), n.Config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.DP = dp
+	})
+	t.Cleanup(func() { n.DP.Close() })
+	n.addClient()
+	return n
+}
+
+// addClient joins an external host to the node by a veth pair with one network on it.
+func (n *Node) addClient() {
+	n.t.Helper()
+	n.Client = netnstest.New(n.t)
+	peer, err := os.Open(n.Client.Path())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer peer.Close()
+	n.NS.Do(func() {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "eth0"
+		veth := netlink.NewVeth(attrs)
+		veth.PeerName = "eth0"
+		veth.PeerNamespace = netlink.NsFd(int(peer.Fd()))
+		n.must(netlink.LinkAdd(veth))
+		n.ClientDevice = n.up("eth0", NodeAddrs)
+		n.must(n.DP.AttachNetdev(n.ClientDevice))
+	})
+	n.Client.Do(func() {
+		n.up("eth0", ClientAddrs)
+		for i, dst := range []string{"10.0.0.0/8", "fd00::/8"} {
+			p := netip.MustParsePrefix(dst)
+			n.must(netlink.RouteAdd(&netlink.Route{
+				Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}, Gw: NodeAddrs[i].AsSlice(),
+			}))
+		}
+	})
+	n.NS.Do(func() { n.must(link.SyncCarrier("eth0")) })
+	for _, a := range NodeAddrs {
+		n.Put(n.DP.Maps.NodeAddrs, bpf.NewAddr(a), bpf.NodeAddrLocal|bpf.NodeAddrNodePort)
+	}
+}
+
+// up configures a device in the calling thread's namespace and returns its index.
+func (n *Node) up(name string, addrs []netip.Addr) int {
+	n.t.Helper()
+	l, err := netlink.LinkByName(name)
+	n.must(err)
+	for _, a := range addrs {
+		bits := 24
+		if a.Is6() {
+			bits = 64
+		}
+		n.must(netlink.AddrAdd(l, &netlink.Addr{
+			IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())}, Flags: unix.IFA_F_NODAD,
+		}))
+	}
+	n.must(netlink.LinkSetUp(l))
+	return l.Attrs().Index
+}
+
+// AddPod makes a pod with an IPv4 and an IPv6 address and registers it without policy, as IdentityPodUnknown.
+func (n *Node) AddPod(name string) *Pod {
+	n.t.Helper()
+	n.pods++
+	p := &Pod{NS: netnstest.New(n.t), Name: name, Addrs: []netip.Addr{
+		netip.AddrFrom4([4]byte{10, 244, 0, byte(9 + n.pods)}),
+		netip.MustParseAddr(fmt.Sprintf("fd00:244::%x", 9+n.pods)),
+	}}
+	podNS, err := os.Open(p.NS.Path())
+	n.must(err)
+	defer podNS.Close()
+	hostNS, err := os.Open(n.NS.Path())
+	n.must(err)
+	defer hostNS.Close()
+	inPod, err := link.Dial(int(podNS.Fd()))
+	n.must(err)
+	defer inPod.Close()
+	p.MAC, p.HostMAC = link.MACs(name, "eth0")
+	pod, host, err := inPod.AddVeth(link.VethSpec{
+		PodName: "eth0", HostName: "mgy" + name, PodMAC: p.MAC, HostMAC: p.HostMAC, MTU: 1500, HostNS: int(hostNS.Fd()),
+	})
+	n.must(err)
+	p.Ifindex = host
+	n.NS.Do(func() { n.must(n.DP.AttachPod(host)) })
+	n.Register(p, bpf.Endpoint{Identity: bpf.IdentityPodUnknown})
+	inHost, err := link.Dial(int(hostNS.Fd()))
+	n.must(err)
+	defer inHost.Close()
+	n.must(inHost.ConfigureHost(link.Host{Index: host, PodMAC: p.MAC, Addresses: p.Addrs}))
+	n.must(inPod.ConfigurePod(link.Pod{Index: pod, Addresses: p.Addrs, GatewayMAC: p.HostMAC, Routes: []link.Route{
+		{Dst: netip.MustParsePrefix("0.0.0.0/0")}, {Dst: netip.MustParsePrefix("::/0")},
+	}}))
+	n.NS.Do(func() { n.must(link.SyncCarrier("mgy" + name)) })
+	return p
+}
+
+// Register writes the pod's endpoint entries: identity, policy and flags from e, the rest from the pod.
+func (n *Node) Register(p *Pod, e bpf.Endpoint) {
+	n.t.Helper()
+	e.Ifindex, e.Mac, e.HostMac = uint32(p.Ifindex), [6]byte(p.MAC), [6]byte(p.HostMAC)
+	for _, a := range p.Addrs {
+		n.must(n.DP.PutEndpoint(a, e))
+	}
+}
+
+// Identify gives a prefix an identity.
+func (n *Node) Identify(p netip.Prefix, identity uint32) {
+	n.t.Helper()
+	n.Put(n.DP.Maps.IPCache, bpf.NewIPCacheKey(p), bpf.IPCacheEntry{Identity: identity})
+}
+
+// IdentifyPod gives the pod's addresses an identity, and the pod its policies.
+func (n *Node) IdentifyPod(p *Pod, identity, egress, ingress uint32) {
+	n.t.Helper()
+	for _, a := range p.Addrs {
+		n.Identify(addr.HostPrefix(a), identity)
+	}
+	n.Register(p, bpf.Endpoint{Identity: identity, PolicyId: [2]uint32{egress, ingress}})
+}
+
+// AllowPort adds a policy entry: from or to the identity, to one port.
+func (n *Node) AllowPort(policy, direction, identity uint32, proto uint8, port uint16, rule uint32) bpf.PolicyKey {
+	n.t.Helper()
+	k := bpf.PolicyKey{
+		Prefixlen: bpf.PolicyPrefixPort, PolicyId: policy, Identity: identity, Direction: uint8(direction), Proto: proto, Port: bpf.Port16(port),
+	}
+	n.Put(n.DP.Maps.Policy, k, bpf.PolicyEntry{Verdict: bpf.VerdictAllow, Rank: 1000, RuleId: rule})
+	return k
+}
+
+// AddService writes a service's backends and then its frontend, with one list for both scopes.
+func (n *Node) AddService(id uint32, frontend bpf.FrontendKey, backends ...netip.AddrPort) {
+	n.t.Helper()
+	for slot, b := range backends {
+		n.Put(n.DP.Maps.Backends, bpf.BackendKey{List: id, Slot: uint32(slot)}, bpf.NewBackend(b))
+		n.Put(n.DP.Maps.ServiceBackends, bpf.NewServiceBackend(id, b), uint32(1))
+	}
+	count := uint32(len(backends))
+	n.Put(n.DP.Maps.Services, frontend, bpf.Service{Id: id, List: [2]uint32{id, id}, Count: [2]uint32{count, count}})
+}
+
+// Put writes a map entry.
+func (n *Node) Put(m *ebpf.Map, key, value any) {
+	n.t.Helper()
+	if err := m.Put(key, value); err != nil {
+		n.t.Fatalf("write map %s: %v", m, err)
+	}
+}
+
+// Drops returns how many packets were dropped for a reason, in both directions.
+func (n *Node) Drops(reason uint32) (packets uint64) {
+	n.t.Helper()
+	for direction := range uint32(2) {
+		var perCPU []bpf.Counter
+		n.must(n.DP.Maps.Counters.Lookup(reason*2+direction, &perCPU))
+		for _, c := range perCPU {
+			packets += c.Packets
+		}
+	}
+	return packets
+}
+
+// AllDrops returns the packets dropped by reason, reasons without drops left out.
+func (n *Node) AllDrops() map[string]uint64 {
+	n.t.Helper()
+	out := map[string]uint64{}
+	for reason := range uint32(64) {
+		if packets := n.Drops(reason); packets != 0 {
+			out[bpf.DropReasonName(uint8(reason))] = packets
+		}
+	}
+	return out
+}
+
+func (n *Node) must(err error) {
+	n.t.Helper()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
