@@ -3,15 +3,23 @@
 package main
 
 import (
+	"encoding/json"
+	"io"
 	"os"
+	"strings"
 	"testing"
 
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/margay-cni/margay/conf"
+	"github.com/margay-cni/margay/internal/testutil/netnstest"
+	"github.com/margay-cni/margay/pkg/cni"
 	"github.com/margay-cni/margay/pkg/datapath"
 )
 
-// TestUninstallAfterDatapath lets the real datapath load, pin, attach and change settings, and requires that no trace of it stays. The
+// TestUninstallAfterDatapath lets the real datapath load, pin, attach and change settings, and the plugin add a pod, and requires that no trace of it stays. The
 // directories are given one by one, as somebody does who runs several nodes on a machine.
 func TestUninstallAfterDatapath(t *testing.T) {
 	tests := []struct {
@@ -41,13 +49,37 @@ func TestUninstallAfterDatapath(t *testing.T) {
 				}
 				m.must(d.AttachPod(m.device("veth1234").Attrs().Index))
 			})
+			m.addPod(cfg)
 			if cmp.Equal(before["tc qdisc"], m.state()["tc qdisc"]) {
 				t.Fatal("the comparison does not see that the datapath is attached")
 			}
-			out := m.ok(append(dirs, "--uninstall")...)
+			if code, out := m.run(append(dirs, "--uninstall")...); code != exitFailed || !strings.Contains(out, "pod default/web, eth0 on mgy") {
+				t.Errorf("--uninstall with a pod = exit code %d, want %d and the pod named:\n%s", code, exitFailed, out)
+			}
+			out := m.ok(append(dirs, "--uninstall", "--force")...)
 			if diff := cmp.Diff(before, m.state()); diff != "" {
 				t.Errorf("machine before installing and after uninstalling (-before +after):\n%s\nprinted:\n%s", diff, out)
 			}
 		})
 	}
+}
+
+// addPod connects a pod to the machine by the plugin's ADD with the shipped conflist.
+func (m *machine) addPod(cfg datapath.Config) {
+	m.t.Helper()
+	list, err := libcni.NetworkConfFromBytes(conf.Conflist)
+	m.must(err)
+	var stdin map[string]any
+	m.must(json.Unmarshal(list.Plugins[0].Bytes, &stdin))
+	stdin["name"], stdin["cniVersion"] = list.Name, list.CNIVersion
+	stdin["runDir"], stdin["bpffs"] = cfg.Run, cfg.BPFFS
+	content, err := json.Marshal(stdin)
+	m.must(err)
+	pod := netnstest.New(m.t)
+	m.ns.Do(func() {
+		m.must(cni.New(io.Discard).Add(m.t.Context(), &skel.CmdArgs{
+			ContainerID: "c1", Netns: pod.Path(), IfName: "eth0", StdinData: content,
+			Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=c1",
+		}))
+	})
 }
