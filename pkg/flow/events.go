@@ -19,7 +19,7 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// LockFile, under the run directory, is held by whoever reads the events.
+// LockFile is the file under the run directory that whoever reads the events holds locked.
 const LockFile = "events.lock"
 
 // ErrEventsBusy says that another process reads the events: the ring buffer gives each event to one reader only.

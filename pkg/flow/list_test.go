@@ -40,7 +40,7 @@ func (f family) names() *Names {
 }
 
 // newMap makes a map of the shipped layout, with room for entries.
-func newMap[K, V any](t *testing.T, typ ebpf.MapType, entries uint32, flags uint32) *ebpf.Map {
+func newMap[K, V any](t testing.TB, typ ebpf.MapType, entries uint32, flags uint32) *ebpf.Map {
 	t.Helper()
 	var (
 		k K
@@ -56,7 +56,7 @@ func newMap[K, V any](t *testing.T, typ ebpf.MapType, entries uint32, flags uint
 	return m
 }
 
-func put(t *testing.T, m *ebpf.Map, k, v any) {
+func put(t testing.TB, m *ebpf.Map, k, v any) {
 	t.Helper()
 	if err := m.Put(k, v); err != nil {
 		t.Fatal(err)
@@ -64,7 +64,7 @@ func put(t *testing.T, m *ebpf.Map, k, v any) {
 }
 
 // putFlow writes both directions the way the programs do.
-func putFlow(t *testing.T, m *ebpf.Map, opener, xlate bpf.FlowKey, e [2]bpf.Flow) {
+func putFlow(t testing.TB, m *ebpf.Map, opener, xlate bpf.FlowKey, e [2]bpf.Flow) {
 	t.Helper()
 	e[0].Xlate, e[1].Xlate = xlate, opener.Reverse()
 	e[1].Flags |= bpf.FlowReply
@@ -170,6 +170,23 @@ func TestListLargeTable(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// BenchmarkList lists the latest 100 flows of a table that is half full.
+func BenchmarkList(b *testing.B) {
+	privileged.Require(b)
+	m := newMap[bpf.FlowKey, bpf.Flow](b, ebpf.LRUHash, 131072, 0)
+	f := families()[1]
+	for i := range uint16(32768) {
+		k := bpf.NewFlowKey(tcp, netip.AddrPortFrom(f.client, 1024+i), netip.AddrPortFrom(f.web, 80))
+		putFlow(b, m, k, k, [2]bpf.Flow{})
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := List(m, Query{Limit: 100}, nil); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
 
