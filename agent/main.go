@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// margay-agent is the node agent: it fills the pinned maps from a directory of Kubernetes manifests and keeps them right. Pods start and
+// stop without it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/margay-cni/margay/pkg/agent"
+	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/manifest"
+)
+
+// version is set by the linker; a build from a checkout says what Go knows of it.
+var version = ""
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// options are the command line.
+type options struct {
+	manifests string
+	node      string
+	devices   string
+	level     slog.Level
+	resync    time.Duration
+	datapath  datapath.Config
+	version   bool
+}
+
+func parse(args []string, stderr io.Writer) (options, error) {
+	o := options{datapath: datapath.DefaultConfig()}
+	o.datapath.Sizes = map[string]uint32{}
+	hostname, _ := os.Hostname() // an empty name is refused below, with the flag that cures it
+
+	f := flag.NewFlagSet("margay-agent", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	f.StringVar(&o.manifests, "manifests", "", "directory of Kubernetes manifests to follow (required)")
+	f.StringVar(&o.node, "node", hostname, "name of this node")
+	f.StringVar(&o.datapath.BPFFS, "bpffs", o.datapath.BPFFS, "directory of the pinned maps and programs")
+	f.StringVar(&o.datapath.Run, "run", o.datapath.Run, "run directory: records, names, local API")
+	f.StringVar(&o.devices, "devices", "", "comma-separated name patterns of the node's network devices (default: those with a global address or the default route)")
+	f.DurationVar(&o.resync, "resync", 10*time.Second, "how often everything is compared with the kernel")
+	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	f.BoolVar(&o.datapath.VerdictEvents, "verdict-events", false, "emit an event for every new flow, if this agent is the one that loads the programs")
+	f.BoolVar(&o.version, "version", false, "print the version and exit")
+	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
+		name, entries, ok := strings.Cut(s, "=")
+		n, err := strconv.ParseUint(entries, 10, 32)
+		if !ok || err != nil || n == 0 {
+			return errors.New("want NAME=ENTRIES")
+		}
+		o.datapath.Sizes[name] = uint32(n)
+		return nil
+	})
+	if err := f.Parse(args); err != nil {
+		return o, err
+	}
+	switch {
+	case o.version:
+		return o, nil
+	case f.NArg() > 0:
+		return o, fmt.Errorf("argument %q is not understood", f.Arg(0))
+	case o.manifests == "":
+		return o, errors.New("--manifests DIR is required")
+	case o.node == "":
+		return o, errors.New("the host has no name: --node NAME is required")
+	case o.resync <= 0:
+		return o, fmt.Errorf("--resync %v: want a positive duration", o.resync)
+	}
+	return o, nil
+}
+
+// run is the whole program; it returns the exit status: 0 after a signal, 1 after a failure, 2 for a wrong command line.
+func run(ctx context.Context, args []string, stderr io.Writer) int {
+	o, err := parse(args, stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		_, _ = fmt.Fprintln(stderr, "margay-agent:", err)
+		return 2
+	}
+	if o.version {
+		_, _ = fmt.Fprintln(stderr, "margay-agent", buildVersion())
+		return 0
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: o.level}))
+	if err := work(ctx, o, log); err != nil {
+		log.Error("agent ends", "err", err)
+		return 1
+	}
+	return 0
+}
+
+func work(ctx context.Context, o options, log *slog.Logger) (err error) {
+	d, err := datapath.Ensure(ctx, o.datapath)
+	if err != nil {
+		return fmt.Errorf("prepare the datapath: %w", err)
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	var devices []string
+	if o.devices != "" {
+		devices = strings.Split(o.devices, ",")
+	}
+	log.Info("agent starts", "version", buildVersion(), "node", o.node, "manifests", o.manifests)
+	return agent.Run(ctx, agent.Config{
+		Version:        buildVersion(),
+		Node:           o.node,
+		Run:            o.datapath.Run,
+		Source:         manifest.New(o.manifests, o.node, log),
+		SelectorSlices: true,
+		Tables:         agent.KernelTables(&d.Maps),
+		MaxEntries:     agent.MapSizes(&d.Maps),
+		Epochs:         d,
+		Attach:         d,
+		Sweep:          d,
+		Devices:        devices,
+		Resync:         o.resync,
+		Log:            log,
+	})
+}
+
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
+	}
+	return "unknown"
+}

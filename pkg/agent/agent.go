@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/manifest"
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// Files in the run directory.
+const (
+	numbersFile  = "numbers.json"
+	servicesFile = flow.ServicesFile
+	rulesFile    = flow.RulesFile
+)
+
+// Source delivers snapshots of the cluster.
+type Source interface {
+	// Run publishes the first snapshot once everything has been read, then one for each change, until ctx ends.
+	Run(ctx context.Context, publish func(*state.Snapshot)) error
+	// Problems are what the source cannot use. Safe from any goroutine.
+	Problems() []manifest.Problem
+	// Incomplete names what the source has not been able to read since it started. Safe from any goroutine.
+	Incomplete() []string
+}
+
+// Sweeper removes expired flows (pkg/datapath implements it, in the kernel).
+type Sweeper interface {
+	SweepFlows(ctx context.Context) (visited, deleted int, err error)
+}
+
+// Config is everything that an agent needs.
+type Config struct {
+	Version string
+	// Node is this node's name.
+	Node string
+	// Run is the run directory.
+	Run string
+	// Source of snapshots; SelectorSlices makes endpoint slices from services' selectors, where nobody else does.
+	Source         Source
+	SelectorSlices bool
+	// Tables, Epochs, Attach and Sweep are the kernel.
+	Tables Tables
+	Epochs Epochs
+	Attach Attacher
+	Sweep  Sweeper
+	// MaxEntries gives a map's size by name, for the status; may be nil.
+	MaxEntries map[string]uint32
+	// Devices are name patterns (path.Match) of the node's devices; empty: found by addresses and routes.
+	Devices []string
+	// Resync is how often everything is compared with the kernel and the flow table is swept; default 10 s.
+	Resync time.Duration
+	Log    *slog.Logger
+}
+
+// validate fills in the defaults and names everything that is wrong.
+func (c *Config) validate() error {
+	var errs []error
+	if c.Node == "" {
+		errs = append(errs, errors.New("node name is empty"))
+	}
+	if c.Run == "" {
+		errs = append(errs, errors.New("run directory is not given"))
+	}
+	if c.Source == nil {
+		errs = append(errs, errors.New("there is no source"))
+	}
+	for _, p := range c.Devices {
+		if _, err := path.Match(p, ""); err != nil {
+			errs = append(errs, fmt.Errorf("device pattern %q: %w", p, err))
+		}
+	}
+	if c.Resync < 0 {
+		errs = append(errs, fmt.Errorf("resync is %v, want a positive duration", c.Resync))
+	}
+	if c.Resync == 0 {
+		c.Resync = 10 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return errors.Join(errs...)
+}
+
+// Run works until ctx ends, which is no error, or until something fails that makes going on pointless. It owns the run directory: a second
+// agent on it gets ErrRunning. Map faults do not end it.
+func Run(ctx context.Context, cfg Config) (err error) {
+	if err := cfg.validate(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(cfg.Run, 0o755); err != nil {
+		return fmt.Errorf("make run directory: %w", err)
+	}
+	lock, err := lockRun(cfg.Run)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	socket, err := listen(cfg.Run)
+	if err != nil {
+		return err
+	}
+	b := &board{status: Status{Version: cfg.Version, Node: cfg.Node, PID: os.Getpid(), Started: time.Now()}, sizes: cfg.MaxEntries}
+	p := newPipeline(&cfg, cfg.Source.Incomplete)
+	p.publish = b.round
+	w := &nodeWatcher{
+		attach: cfg.Attach, log: cfg.Log, devices: cfg.Devices, resync: cfg.Resync, records: newMailbox[[]*endpoint.Record](),
+		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now,
+	}
+	records := &recordWatcher{store: p.store, log: cfg.Log, resync: cfg.Resync, publish: func(r []*endpoint.Record) {
+		w.records.put(r)
+		p.recordsIn.put(r)
+	}}
+	changes := newMailbox[struct{}]()
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return serve(ctx, socket, func() Status { return b.now(cfg.Source) }) })
+	g.Go(func() error { return p.run(ctx) })
+	g.Go(func() error { return records.run(ctx) })
+	g.Go(func() error { return subscribe(ctx, changes) })
+	g.Go(func() error { return w.run(ctx, changes) })
+	g.Go(func() error { return sweep(ctx, cfg.Sweep, cfg.Resync, b, cfg.Log) })
+	g.Go(func() error {
+		err := cfg.Source.Run(ctx, func(s *state.Snapshot) { p.snapshots.put(snapshotFrom{s, time.Now()}) })
+		if err != nil {
+			return fmt.Errorf("source: %w", err)
+		}
+		return nil
+	})
+	return g.Wait()
+}
+
+// sweep removes expired flows from time to time.
+func sweep(ctx context.Context, s Sweeper, every time.Duration, b *board, log *slog.Logger) error {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	failing := false
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		visited, deleted, err := s.SweepFlows(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		result := Sweeps{Last: time.Now(), Visited: visited, Deleted: deleted}
+		if err != nil {
+			result.Error = err.Error()
+			if !failing {
+				log.Error("flow table cannot be swept", "err", err)
+			}
+		}
+		failing = err != nil
+		b.flows(result)
+	}
+}
+
+// board is the status that the goroutines write on and the local API reads from.
+type board struct {
+	sizes map[string]uint32
+
+	mu     sync.Mutex
+	status Status
+}
+
+func (b *board) round(r Round) {
+	for i := range r.Maps {
+		r.Maps[i].Max = b.sizes[r.Maps[i].Map]
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.status.Rounds++
+	b.status.Last = r
+	if r.Compiled {
+		b.status.LastChange = r
+	}
+	b.status.Ready = b.status.Ready || (!r.Written.IsZero() && len(r.Faults) == 0)
+}
+
+func (b *board) pods(wrong []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.status.Pods = wrong
+}
+
+func (b *board) flows(s Sweeps) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.status.Flows = s
+}
+
+func (b *board) now(source Source) Status {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := b.status
+	s.Source = source.Problems()
+	return s
+}

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+)
+
+// Fault is a condition of one map that keeps the kernel from holding what it should. It lasts until a round goes through without it.
+type Fault struct {
+	// Map is the map's name.
+	Map string `json:"map"`
+	// Failed is how many operations of the last round failed.
+	Failed int `json:"failed"`
+	// Error is the first of their errors.
+	Error string `json:"error"`
+	// Cure says what a person can do, where there is something.
+	Cure string `json:"cure,omitempty"`
+	// Since is when the condition began.
+	Since time.Time `json:"since"`
+}
+
+// mirror is what the kernel holds in one table, as far as the pipeline knows: every write goes through it, and a full compare reads it
+// anew. It belongs to the pipeline's goroutine.
+type mirror[K, V comparable] struct {
+	name  string
+	table Table[K, V]
+	log   *slog.Logger
+	// have is nil until the first load.
+	have map[K]V
+
+	writes  uint64
+	failed  int
+	err     error
+	current *Fault
+}
+
+func newMirror[K, V comparable](name string, table Table[K, V], log *slog.Logger) *mirror[K, V] {
+	return &mirror[K, V]{name: name, table: table, log: log}
+}
+
+// load replaces have by what the kernel holds. After an error have is what it was.
+func (m *mirror[K, V]) load() error {
+	have, err := m.table.Load()
+	if err != nil {
+		err = fmt.Errorf("load map %s: %w", m.name, err)
+		m.fail(err)
+		return err
+	}
+	m.have = have
+	return nil
+}
+
+// holds reports whether the kernel's entry of k is v.
+func (m *mirror[K, V]) holds(k K, v V) bool {
+	have, ok := m.have[k]
+	return ok && have == v
+}
+
+// put makes k's entry v and reports whether the kernel holds it now.
+func (m *mirror[K, V]) put(k K, v V) bool {
+	if m.holds(k, v) {
+		return true
+	}
+	return m.wrote(k, v, m.table.Put(k, v))
+}
+
+// replace makes k's entry, which exists, v. An entry that somebody else changed meanwhile is no fault, but the result is false.
+func (m *mirror[K, V]) replace(k K, v V) bool {
+	if m.holds(k, v) {
+		return true
+	}
+	err := m.table.Replace(k, m.have[k], v)
+	if errors.Is(err, ErrChanged) {
+		return false
+	}
+	return m.wrote(k, v, err)
+}
+
+func (m *mirror[K, V]) wrote(k K, v V, err error) bool {
+	if err != nil {
+		m.fail(fmt.Errorf("write map %s: %w", m.name, err))
+		return false
+	}
+	m.writes++
+	m.have[k] = v
+	return true
+}
+
+// remove deletes k's entry and reports whether it is gone. One that somebody else changed meanwhile stays, and is no fault.
+func (m *mirror[K, V]) remove(k K) bool {
+	had, ok := m.have[k]
+	if !ok {
+		return true
+	}
+	err := m.table.Delete(k, had)
+	switch {
+	case errors.Is(err, ErrChanged):
+		return false
+	case err != nil:
+		m.fail(fmt.Errorf("delete from map %s: %w", m.name, err))
+		return false
+	}
+	m.writes++
+	delete(m.have, k)
+	return true
+}
+
+// surplus returns the keys of entries that want does not have.
+func (m *mirror[K, V]) surplus(want map[K]V) []K {
+	var keys []K
+	for k := range m.have {
+		if _, ok := want[k]; !ok {
+			keys = append(keys, k)
+		}
+	}
+	return keys
+}
+
+func (m *mirror[K, V]) fail(err error) {
+	m.failed++
+	if m.err == nil {
+		m.err = err
+	}
+}
+
+// begin starts a round: failures are counted anew.
+func (m *mirror[K, V]) begin() {
+	m.failed, m.err = 0, nil
+}
+
+// fault ends a round: it returns the condition of the table, nil when there is none, and logs when that changed.
+func (m *mirror[K, V]) fault(now time.Time) *Fault {
+	if m.err == nil {
+		if m.current != nil {
+			m.log.Info("map works again", "map", m.name, "after", now.Sub(m.current.Since))
+			m.current = nil
+		}
+		return nil
+	}
+	f := &Fault{Map: m.name, Failed: m.failed, Error: m.err.Error(), Since: now}
+	if errors.Is(m.err, ErrFull) {
+		f.Cure = fmt.Sprintf("the map's size is --map-size %s=N; it takes effect when the maps are made anew", m.name)
+	}
+	if m.current != nil {
+		f.Since = m.current.Since
+	}
+	if m.current == nil || m.current.Cure != f.Cure {
+		m.log.Error("map could not be written; trying again", "map", m.name, "failed", f.Failed, "err", m.err, "cure", f.Cure)
+	}
+	m.current = f
+	return f
+}
+
+// tableStatus is what the status shows of one table.
+func (m *mirror[K, V]) status() MapStatus {
+	return MapStatus{Map: m.name, Entries: len(m.have), Writes: m.writes}
+}

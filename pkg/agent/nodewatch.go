@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/endpoint"
+)
+
+// podAttacher attaches the programs of a pod's host-side device (pkg/datapath implements it).
+type podAttacher interface {
+	AttachPod(ifindex int) error
+	// PodAttached returns nil when both programs of this build are there.
+	PodAttached(ifindex int) error
+}
+
+// netdevAttacher attaches the program of a node's device (pkg/datapath implements it).
+type netdevAttacher interface {
+	AttachNetdev(ifindex int) error
+	DetachNetdev(ifindex int) error
+	NetdevAttached(ifindex int) error
+}
+
+// Attacher is what the node watcher needs of the datapath.
+type Attacher interface {
+	podAttacher
+	netdevAttacher
+}
+
+// Delays of the node watcher.
+const (
+	// surveyPause is the least time between two readings of the node's network: pods that start in a row cause one.
+	surveyPause = 50 * time.Millisecond
+	// vethPause is how old a veth device must be before its address makes it a device of the node. Another plugin gives its pod's device
+	// an address just before Margay, behind it in the chain, adopts the pod.
+	vethPause = time.Second
+)
+
+// nodeWatcher owns the attachments: from_netdev on the devices of the node, and the repair of what pods should have. It tells the pipeline
+// what the node's addresses and routes are.
+type nodeWatcher struct {
+	attach  Attacher
+	log     *slog.Logger
+	devices []string
+	resync  time.Duration
+	records mailbox[[]*endpoint.Record]
+	publish func(nodeFacts)
+	report  func(pods []string)
+
+	read func() (*survey, error)
+	now  func() time.Time
+
+	pods     []*endpoint.Record
+	attached map[int]string    // by ifindex: name of the device that we attached to
+	seen     map[int]time.Time // by ifindex: since when we know a device; zero for those there at the start
+	last     nodeFacts
+}
+
+// run surveys the node at the start, at every change and at every tick, until ctx ends. changes is fed by subscribe.
+func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}]) error {
+	w.attached, w.seen = map[int]string{}, map[int]time.Time{}
+	// The records say which devices are pods'.
+	select {
+	case <-ctx.Done():
+		return nil
+	case w.pods = <-w.records:
+	}
+	tick := time.NewTicker(w.resync)
+	defer tick.Stop()
+	again := time.NewTimer(0)
+	defer again.Stop()
+	for {
+		whole := false
+		select {
+		case <-ctx.Done():
+			return nil
+		case w.pods = <-w.records:
+		case <-changes:
+		case <-again.C:
+		case <-tick.C:
+			whole = true
+		}
+		fresh := w.survey(whole)
+		if whole {
+			w.checkPods()
+		}
+		if fresh {
+			again.Reset(vethPause)
+		}
+		if !pause(ctx, surveyPause) {
+			return nil
+		}
+	}
+}
+
+// pause lets events gather; it returns false when ctx ends.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// survey reads the node's network, attaches and detaches from_netdev, and publishes what changed. With verify it also looks whether the
+// program is still on the devices. It reports whether a device is too young to be judged.
+func (w *nodeWatcher) survey(verify bool) bool {
+	s, err := w.read()
+	if err != nil {
+		w.log.Error("the node's network cannot be read", "err", err)
+		return true
+	}
+	c := chooser{patterns: w.devices, pods: map[int]bool{}, fresh: w.fresh(s)}
+	for _, r := range w.pods {
+		c.pods[r.HostIfindex] = true
+	}
+	addrs, chosen := s.facts(c)
+	w.detach(s, chosen)
+	for i := range chosen {
+		d := &chosen[i]
+		if err := w.attachNetdev(*d, verify); err != nil {
+			d.Error = err.Error()
+			w.log.Error("from_netdev cannot be attached", "ifName", d.Name, "err", err)
+		}
+	}
+	facts := nodeFacts{addrs: addrs, routes: s.fingerprint(), devices: chosen}
+	if facts.routes != w.last.routes || !maps.Equal(facts.addrs, w.last.addrs) || !slices.Equal(facts.devices, w.last.devices) {
+		w.last = facts
+		w.publish(facts)
+	}
+	return len(c.fresh) > 0
+}
+
+// fresh returns the veth devices that appeared a moment ago. What is there at the start is old enough.
+func (w *nodeWatcher) fresh(s *survey) map[int]bool {
+	var (
+		now   = w.now()
+		first = len(w.seen) == 0
+		fresh = map[int]bool{}
+		there = make(map[int]time.Time, len(s.devices))
+	)
+	for _, d := range s.devices {
+		since, ok := w.seen[d.index]
+		if !ok && !first {
+			since = now
+		}
+		there[d.index] = since
+		if d.kind == "veth" && now.Sub(since) < vethPause {
+			fresh[d.index] = true
+		}
+	}
+	w.seen = there
+	return fresh
+}
+
+// detach takes from_netdev off devices that are not the node's any more: one that turned out to be a pod's, or lost its address.
+func (w *nodeWatcher) detach(s *survey, chosen []DeviceStatus) {
+	for index, name := range w.attached {
+		if slices.ContainsFunc(chosen, func(d DeviceStatus) bool { return d.Ifindex == index }) {
+			continue
+		}
+		there := slices.ContainsFunc(s.devices, func(d device) bool { return d.index == index })
+		if there {
+			if err := w.attach.DetachNetdev(index); err != nil {
+				w.log.Error("from_netdev cannot be detached", "ifName", name, "err", err)
+				continue
+			}
+			w.log.Info("device is no longer the node's; from_netdev is detached", "ifName", name)
+		}
+		delete(w.attached, index)
+	}
+}
+
+// attachNetdev makes sure that the device carries from_netdev.
+func (w *nodeWatcher) attachNetdev(d DeviceStatus, verify bool) error {
+	_, known := w.attached[d.Ifindex]
+	if known && !verify {
+		return nil
+	}
+	missing := w.attach.NetdevAttached(d.Ifindex)
+	if missing == nil {
+		w.attached[d.Ifindex] = d.Name
+		return nil
+	}
+	if err := w.attach.AttachNetdev(d.Ifindex); err != nil {
+		return err
+	}
+	w.attached[d.Ifindex] = d.Name
+	if known {
+		w.log.Warn("from_netdev was removed by somebody and is attached again", "ifName", d.Name, "err", missing,
+			"present", present(d.Ifindex))
+	} else {
+		w.log.Info("from_netdev attached", "ifName", d.Name, "reason", d.Reason)
+	}
+	return nil
+}
+
+// checkPods attaches again what somebody removed from the pods' devices.
+func (w *nodeWatcher) checkPods() {
+	var wrong []string
+	for _, r := range w.pods {
+		l, err := netlink.LinkByIndex(r.HostIfindex)
+		if err != nil || l.Attrs().Name != r.HostIfName {
+			continue // gone; the pipeline collects the record
+		}
+		missing := w.attach.PodAttached(r.HostIfindex)
+		if missing == nil {
+			continue
+		}
+		there := present(r.HostIfindex)
+		if err := w.attach.AttachPod(r.HostIfindex); err != nil {
+			wrong = append(wrong, fmt.Sprintf("%s: %v; present: %v", r.HostIfName, err, there))
+			w.log.Error("pod's programs cannot be attached", "ifName", r.HostIfName, "err", err, "present", there)
+			continue
+		}
+		w.log.Warn("pod's programs were removed by somebody and are attached again", "ifName", r.HostIfName,
+			"pod", r.Namespace+"/"+r.Name, "err", missing, "present", there)
+	}
+	w.report(wrong)
+}
+
+// present names the tc filters on the device, so that a person sees who is in the way.
+func present(ifindex int) []string {
+	l, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return nil
+	}
+	var out []string
+	for hook, parent := range map[string]uint32{"ingress": netlink.HANDLE_MIN_INGRESS, "egress": netlink.HANDLE_MIN_EGRESS} {
+		filters, err := dump(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
+		if err != nil {
+			continue
+		}
+		for _, f := range filters {
+			text := fmt.Sprintf("%s %s prio %d", hook, f.Type(), f.Attrs().Priority)
+			if b, ok := f.(*netlink.BpfFilter); ok {
+				text += " " + b.Name
+			}
+			out = append(out, text)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// subscribe tells of every change of a device, address, route or rule until ctx ends. Messages only say that something changed: what is
+// true is read afresh, so that a lost message costs nothing but time.
+func subscribe(ctx context.Context, changes mailbox[struct{}]) error {
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE)
+	if err != nil {
+		return fmt.Errorf("subscribe to changes of the network: %w", err)
+	}
+	stop := context.AfterFunc(ctx, s.Close)
+	defer func() {
+		if stop() {
+			s.Close()
+		}
+	}()
+	for {
+		_, _, err := s.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err == nil, errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.EINTR):
+			changes.put(struct{}{})
+		default:
+			return fmt.Errorf("receive changes of the network: %w", err)
+		}
+	}
+}

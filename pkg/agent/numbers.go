@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"io/fs"
+	"maps"
+	"slices"
+
+	"github.com/margay-cni/margay/pkg/policy"
+	"github.com/margay-cni/margay/pkg/service"
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// numbersVersion is the layout of numbers.json.
+const numbersVersion = 1
+
+// numbers is the content of numbers.json: what a restarted agent needs to give the same things the same numbers, and to finish a round
+// in which its predecessor was killed.
+type numbers struct {
+	Version int             `json:"version"`
+	Policy  policy.Numbers  `json:"policy"`
+	Service service.Numbers `json:"service"`
+	// Routes is the fingerprint of the routes under which the route epoch was last raised.
+	Routes string `json:"routes,omitempty"`
+	// Raise are the epochs that the maps' content calls for but that have not been raised yet. They are noted before the first write of
+	// a round: after a kill in the middle, nothing in the maps would show any more that flows were judged under the old content.
+	Raise raise `json:"raise"`
+}
+
+// raise lists epochs.
+type raise struct {
+	Endpoints []int    `json:"endpoints,omitempty"`
+	Services  []uint32 `json:"services,omitempty"`
+}
+
+// add adds the epochs of other; the lists stay sorted and without repetition.
+func (r *raise) add(other raise) {
+	r.Endpoints = union(r.Endpoints, other.Endpoints)
+	r.Services = union(r.Services, other.Services)
+}
+
+func (r raise) empty() bool {
+	return len(r.Endpoints) == 0 && len(r.Services) == 0
+}
+
+func union[T int | uint32](a, b []T) []T {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// sortedKeys returns the members of a set.
+func sortedKeys[T int | uint32](set map[T]struct{}) []T {
+	return slices.Sorted(maps.Keys(set))
+}
+
+// importNumbers gives the compilers the numbers of the predecessor. Without a usable file, numbering starts above everything that the
+// kernel holds: a number that is in use there never changes its meaning under a flow or a pod.
+func (p *pipeline) importNumbers() {
+	var n numbers
+	err := p.numbers.load(&n)
+	if err == nil && n.Version != numbersVersion {
+		err = errors.New("numbers.json has another version")
+	}
+	if err == nil {
+		err = errors.Join(p.policies.Import(n.Policy), p.services.Import(n.Service))
+	}
+	if err == nil {
+		p.routes, p.raise = n.Routes, n.Raise
+		p.kept = n
+		return
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		p.log.Warn("numbers of the previous run cannot be used; numbering afresh", "err", err)
+	}
+	p.numberAfresh()
+}
+
+// keepNumbers gives the numbers of things that the source cannot read at the moment back to the compilers, which have just compiled
+// without them: what the maps still hold of those must find its numbers again once the source can read it.
+func (p *pipeline) keepNumbers() {
+	n := p.exportNumbers()
+	keepSpace(&n.Policy.Identities, p.kept.Policy.Identities)
+	keepSpace(&n.Policy.Policies, p.kept.Policy.Policies)
+	keepSpace(&n.Policy.Rules, p.kept.Policy.Rules)
+	keepPorts(&n.Service, p.kept.Service)
+	policies, services := newCompilers(p.node, p.policies.Limits)
+	if err := errors.Join(policies.Import(n.Policy), services.Import(n.Service)); err != nil {
+		p.log.Error("numbers of what the source cannot read are lost", "err", err)
+		return
+	}
+	p.policies, p.services, p.kept = policies, services, n
+}
+
+// keepSpace takes over the numbers of names that only old has. Their numbers are free, because old is where new comes from.
+func keepSpace(now *policy.Space, old policy.Space) {
+	for name, number := range old.Assigned {
+		if _, ok := now.Assigned[name]; ok {
+			continue
+		}
+		if now.Assigned == nil {
+			now.Assigned = map[string]uint32{}
+		}
+		now.Assigned[name] = number
+		now.Freed = slices.DeleteFunc(now.Freed, func(f policy.Freed) bool { return f.Number == number })
+	}
+}
+
+// keepPorts takes over the ports that only old has.
+func keepPorts(now *service.Numbers, old service.Numbers) {
+	type name struct {
+		namespace, name, port string
+		protocol              state.Protocol
+		ipv6                  bool
+	}
+	known := make(map[name]bool, len(now.Ports))
+	for _, p := range now.Ports {
+		known[name{p.Namespace, p.Name, p.Port, p.Protocol, p.IPv6}] = true
+	}
+	for _, p := range old.Ports {
+		if known[name{p.Namespace, p.Name, p.Port, p.Protocol, p.IPv6}] {
+			continue
+		}
+		now.Ports = append(now.Ports, p)
+		now.Services.Released = slices.DeleteFunc(now.Services.Released, func(n uint32) bool { return n == p.ID })
+		now.Lists.Released = slices.DeleteFunc(now.Lists.Released, func(n uint32) bool { return n == p.Cluster || n == p.Local })
+	}
+}

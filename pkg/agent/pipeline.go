@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/policy"
+	"github.com/margay-cni/margay/pkg/service"
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// Delays of the pipeline's own making.
+const (
+	// retryFirst and retryMax bound how soon a round with a fault is repeated.
+	retryFirst = 100 * time.Millisecond
+	retryMax   = 5 * time.Second
+	// lookAgain is how soon the endpoints are looked at again when a record is there and the plugin's map entry is not yet, or not any more.
+	lookAgain = 20 * time.Millisecond
+	// settled is the age at which a record's ADD has certainly ended: what it lacks then, nobody else will write.
+	settled = 2 * time.Second
+)
+
+// snapshotFrom is a snapshot with when it arrived.
+type snapshotFrom struct {
+	*state.Snapshot
+	at time.Time
+}
+
+// mirrors are the pipeline's tables.
+type mirrors struct {
+	policy    *mirror[bpf.PolicyKey, bpf.PolicyEntry]
+	ipcache   *mirror[bpf.IPCacheKey, bpf.IPCacheEntry]
+	endpoints *mirror[bpf.Addr, bpf.Endpoint]
+	pending   *mirror[bpf.PendingKey, bpf.Pending]
+	services  *mirror[bpf.FrontendKey, bpf.Service]
+	backends  *mirror[bpf.BackendKey, bpf.Backend]
+	members   *mirror[bpf.ServiceBackend, uint32]
+	nodeAddrs *mirror[bpf.Addr, uint32]
+}
+
+// condition is what every mirror offers, whatever its types.
+type condition interface {
+	load() error
+	begin()
+	fault(now time.Time) *Fault
+	status() MapStatus
+}
+
+func (m *mirrors) all() []condition {
+	return []condition{m.policy, m.ipcache, m.endpoints, m.pending, m.services, m.backends, m.members, m.nodeAddrs}
+}
+
+func newMirrors(t Tables, log *slog.Logger) mirrors {
+	return mirrors{
+		policy:    newMirror("policy", t.Policy, log),
+		ipcache:   newMirror("ipcache", t.IPCache, log),
+		endpoints: newMirror("endpoints", t.Endpoints, log),
+		pending:   newMirror("pending", t.Pending, log),
+		services:  newMirror("services", t.Services, log),
+		backends:  newMirror("backends", t.Backends, log),
+		members:   newMirror("service_backends", t.ServiceBackends, log),
+		nodeAddrs: newMirror("node_addrs", t.NodeAddrs, log),
+	}
+}
+
+// pipeline turns inputs into map content. All of it belongs to the goroutine that runs it; only the mailboxes and publish cross over.
+type pipeline struct {
+	node   string
+	slices bool // make endpoint slices from selectors
+	log    *slog.Logger
+	store  *endpoint.Store
+	epochs Epochs
+	host   host
+	now    func() time.Time
+	// incomplete names what the source cannot read yet; while there is any, nothing that a predecessor wrote is taken back.
+	incomplete func() []string
+	publish    func(Round)
+	resync     time.Duration
+
+	// Inputs.
+	snapshots mailbox[snapshotFrom]
+	recordsIn mailbox[[]*endpoint.Record]
+	nodeIn    mailbox[nodeFacts]
+
+	snapshot snapshotFrom
+	records  []*endpoint.Record
+	facts    *nodeFacts
+	// haveRecords says that the records have been listed; changed that there is something to compile.
+	haveRecords, changed bool
+
+	// What is compiled from them.
+	policies      *policy.Compiler
+	services      *service.Compiler
+	policyResult  *policy.Result
+	serviceResult *service.Result
+	policyErr     error
+	local         []localPod
+	merged        *state.Snapshot
+	wantPolicy    policyMaps
+	wantService   serviceMaps
+	wantEndpoints map[netip.Addr]wantedEndpoint
+
+	// What the kernel holds, and what of it is not settled.
+	m      mirrors
+	loaded bool
+	// applied is the policy result that the kernel holds entirely; nil = look at the kernel.
+	applied *policy.Result
+	raise   raise
+	routes  string
+	// absent counts, for a record's file, the full compares in a row that found neither its device nor its namespace.
+	absent map[string]int
+	soon   bool
+	// kept are numbers that must not be forgotten while the source is incomplete.
+	kept numbers
+
+	numbers, serviceFile, ruleFile *savedFile
+	numbersErr, namesErr           error
+
+	round Round
+	retry time.Duration
+}
+
+// newPipeline makes a pipeline that has not done anything yet. incomplete is the source's.
+func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
+	limits := policy.DefaultLimits()
+	if n := cfg.MaxEntries["ipcache"]; n > 0 {
+		limits.Prefixes = int(n)
+	}
+	if n := cfg.MaxEntries["policy"]; n > 0 {
+		limits.Entries = int(n)
+	}
+	policies, services := newCompilers(cfg.Node, limits)
+	file := func(name string) *savedFile { return &savedFile{path: filepath.Join(cfg.Run, name)} }
+	return &pipeline{
+		node:        cfg.Node,
+		slices:      cfg.SelectorSlices,
+		log:         cfg.Log,
+		store:       endpoint.NewStore(cfg.Run),
+		epochs:      cfg.Epochs,
+		host:        systemHost{},
+		now:         time.Now,
+		incomplete:  incomplete,
+		publish:     func(Round) {},
+		resync:      cfg.Resync,
+		snapshots:   newMailbox[snapshotFrom](),
+		recordsIn:   newMailbox[[]*endpoint.Record](),
+		nodeIn:      newMailbox[nodeFacts](),
+		policies:    policies,
+		services:    services,
+		m:           newMirrors(cfg.Tables, cfg.Log),
+		absent:      map[string]int{},
+		numbers:     file(numbersFile),
+		serviceFile: file(servicesFile),
+		ruleFile:    file(rulesFile),
+	}
+}
+
+func newCompilers(node string, limits policy.Limits) (*policy.Compiler, *service.Compiler) {
+	policies := policy.NewCompiler()
+	policies.Limits = limits
+	return policies, service.NewCompiler(node)
+}
+
+// run works until ctx ends: one round for whatever has come in since the last one.
+func (p *pipeline) run(ctx context.Context) error {
+	full := time.NewTicker(p.resync)
+	defer full.Stop()
+	again := time.NewTimer(0)
+	defer again.Stop()
+	for {
+		whole := false
+		select {
+		case <-ctx.Done():
+			return nil
+		case s := <-p.snapshots:
+			p.takeSnapshot(s)
+		case r := <-p.recordsIn:
+			p.takeRecords(r)
+		case f := <-p.nodeIn:
+			p.facts = &f
+		case <-full.C:
+			whole = true
+		case <-again.C:
+		}
+		p.drain()
+		if d := p.work(whole); d > 0 {
+			again.Reset(d)
+		}
+	}
+}
+
+// drain takes what else has come in, so that one round serves it all.
+func (p *pipeline) drain() {
+	for {
+		select {
+		case s := <-p.snapshots:
+			p.takeSnapshot(s)
+		case r := <-p.recordsIn:
+			p.takeRecords(r)
+		case f := <-p.nodeIn:
+			p.facts = &f
+		default:
+			return
+		}
+	}
+}
+
+func (p *pipeline) takeSnapshot(s snapshotFrom) {
+	p.snapshot, p.changed = s, true
+}
+
+func (p *pipeline) takeRecords(r []*endpoint.Record) {
+	p.records, p.haveRecords, p.changed = r, true, true
+}
+
+// work does one round and returns after what time the next one is due if nothing happens, 0 for not at all. whole compares everything
+// with the kernel's actual content, which every first round does.
+func (p *pipeline) work(whole bool) time.Duration {
+	p.round = Round{Started: p.now()}
+	p.soon = false
+	for _, m := range p.m.all() {
+		m.begin()
+	}
+	if whole || !p.loaded {
+		p.round.Whole = true
+		p.load()
+	}
+	if p.loaded {
+		p.applyNode()
+		// The kernel's state is the truth until the source and the records have spoken.
+		if p.snapshot.Snapshot != nil && p.haveRecords {
+			p.applySource()
+		}
+	}
+	return p.finish()
+}
+
+// load reads every table.
+func (p *pipeline) load() {
+	ok := true
+	for _, m := range p.m.all() {
+		ok = m.load() == nil && ok
+	}
+	if ok && !p.loaded {
+		p.importNumbers()
+		p.loaded = true
+	}
+	p.applied = nil
+}
+
+// applySource brings the maps to what snapshot and records say.
+func (p *pipeline) applySource() {
+	hold := len(p.incomplete()) > 0
+	p.round.Held = hold
+	if p.changed {
+		p.compile()
+		p.changed = false
+		if hold {
+			p.keepNumbers()
+		}
+	}
+	// The plugin writes this map too.
+	if p.m.endpoints.load() != nil {
+		return
+	}
+	if p.round.Whole {
+		p.collectRecords()
+	}
+	p.raise.add(raise{Endpoints: p.planPolicy(hold), Services: p.planServices(hold)})
+	p.saveNames()
+	p.saveNumbers()
+	compiled := p.now()
+	p.applyPolicy(hold)
+	p.applyServices(hold)
+	p.saveNumbers()
+	p.round.Written = p.now()
+	p.round.Write = p.round.Written.Sub(compiled)
+}
+
+// compile runs the compilers over the snapshot and the records. When policies cannot be compiled, the last good result stays in force.
+func (p *pipeline) compile() {
+	start := p.now()
+	s := p.snapshot.Snapshot
+	p.local = localPods(p.records, s)
+	s = state.MergePods(s, p.node, asPods(p.local))
+	if p.slices {
+		s = state.WithSelectorSlices(s)
+	}
+	var r *policy.Result
+	if r, p.policyErr = p.policies.Compile(s); p.policyErr == nil {
+		p.policyResult = r
+		p.wantPolicy = newPolicyMaps(r, p.snapshot.Pods)
+	} else {
+		p.log.Error("policies could not be compiled; the last good ones stay in force", "err", p.policyErr)
+	}
+	p.serviceResult = p.services.Compile(s)
+	p.wantService = newServiceMaps(p.serviceResult)
+	var err error
+	if p.wantEndpoints, err = wantedEndpoints(p.local, p.policyResult); err != nil {
+		p.log.Error("a record is of no use", "err", err)
+	}
+	p.merged = s
+	p.round.Compiled = true
+	p.round.Compile = p.now().Sub(start)
+}
+
+// finish ends a round: it publishes what happened and says when to try again.
+func (p *pipeline) finish() time.Duration {
+	p.round.Duration = p.now().Sub(p.round.Started)
+	for _, m := range p.m.all() {
+		if f := m.fault(p.now()); f != nil {
+			p.round.Faults = append(p.round.Faults, *f)
+		}
+		p.round.Maps = append(p.round.Maps, m.status())
+	}
+	p.describe()
+	p.publish(p.round)
+	switch {
+	case len(p.round.Faults) > 0 || p.numbersErr != nil || !p.raise.empty():
+		p.retry = min(max(2*p.retry, retryFirst), retryMax)
+		return p.retry
+	case p.soon:
+		return lookAgain
+	}
+	p.retry = 0
+	return 0
+}
+
+func (p *pipeline) exportNumbers() numbers {
+	return numbers{
+		Version: numbersVersion,
+		Policy:  p.policies.Export(),
+		Service: p.services.Export(),
+		Routes:  p.routes,
+		Raise:   p.raise,
+	}
+}
+
+// saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
+// restart without the file numbers afresh and stays right, one with an old file might give a number a second meaning.
+func (p *pipeline) saveNumbers() {
+	_, p.numbersErr = p.numbers.save(p.exportNumbers())
+	if p.numbersErr != nil {
+		p.log.Error("numbers could not be saved; a restart will number afresh", "err", p.numbersErr)
+		if err := os.Remove(p.numbers.path); err != nil && !os.IsNotExist(err) {
+			p.log.Error("old numbers could not be removed", "err", err)
+		}
+	}
+}
+
+// saveNames writes the files with which margayctl shows names for numbers.
+func (p *pipeline) saveNames() {
+	if !p.round.Compiled {
+		return
+	}
+	_, p.namesErr = p.serviceFile.save(serviceNames(p.serviceResult, p.merged))
+	if p.policyResult != nil && p.namesErr == nil {
+		_, p.namesErr = p.ruleFile.save(ruleNames(p.policyResult))
+	}
+	if p.namesErr != nil {
+		p.log.Warn("names for numbers could not be saved", "err", p.namesErr)
+	}
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"github.com/margay-cni/margay/pkg/bpf"
+)
+
+// planServices returns the service ids whose epochs the round has to raise: those that lose a serving backend.
+func (p *pipeline) planServices(hold bool) []uint32 {
+	if hold {
+		return nil
+	}
+	ids := map[uint32]struct{}{}
+	for _, k := range p.m.members.surplus(p.wantService.members) {
+		ids[k.ServiceId] = struct{}{}
+	}
+	return sortedKeys(ids)
+}
+
+// applyServices brings the service maps to what they should hold. At no instant does a frontend count a backend that is not there: lists
+// grow before the frontends that count them, and shrink by what the kernel's frontends actually count.
+//
+// With hold nothing is taken back: frontends, lists and members that the snapshot does not explain stay.
+func (p *pipeline) applyServices(hold bool) {
+	want := &p.wantService
+	// Members before lists: a slot that changes in place is in use at once, and its backend must then be in the set.
+	for k, v := range want.members {
+		p.m.members.put(k, v)
+	}
+	for k, v := range want.backends {
+		p.m.backends.put(k, v)
+	}
+	for k, v := range want.services {
+		if p.m.services.holds(k, v) || !p.backed(v) || (hold && p.empties(k, v)) {
+			continue
+		}
+		p.m.services.put(k, v)
+	}
+	if !hold {
+		for _, k := range p.m.services.surplus(want.services) {
+			p.m.services.remove(k)
+		}
+		for _, k := range p.m.members.surplus(want.members) {
+			p.m.members.remove(k)
+		}
+	}
+	p.raiseServices()
+	if hold {
+		return
+	}
+	counted := p.counted()
+	for _, k := range p.m.backends.surplus(want.backends) {
+		if k.Slot >= counted[k.List] {
+			p.m.backends.remove(k)
+		}
+	}
+}
+
+// backed reports whether the kernel holds every backend that the service would count.
+func (p *pipeline) backed(s bpf.Service) bool {
+	for scope := range s.List {
+		for slot := range s.Count[scope] {
+			k := bpf.BackendKey{List: s.List[scope], Slot: slot}
+			if have, ok := p.m.backends.have[k]; !ok || have != p.wantService.backends[k] {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// empties reports whether v would leave a frontend that has backends without any.
+func (p *pipeline) empties(k bpf.FrontendKey, v bpf.Service) bool {
+	have := p.m.services.have[k]
+	for scope := range v.Count {
+		if have.Count[scope] > 0 && v.Count[scope] == 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// counted returns how many slots of each list the kernel's frontends count.
+func (p *pipeline) counted() map[uint32]uint32 {
+	counted := make(map[uint32]uint32, len(p.m.services.have))
+	for _, s := range p.m.services.have {
+		for scope, list := range s.List {
+			counted[list] = max(counted[list], s.Count[scope])
+		}
+	}
+	return counted
+}
+
+// raiseServices raises the outstanding service epochs. Those of services that still have members they should not have stay outstanding: a
+// flow checked now would find the leaver in the set and trust it for good.
+func (p *pipeline) raiseServices() {
+	left := map[uint32]struct{}{}
+	for _, k := range p.m.members.surplus(p.wantService.members) {
+		left[k.ServiceId] = struct{}{}
+	}
+	var now, later []uint32
+	for _, id := range p.raise.Services {
+		if _, ok := left[id]; ok {
+			later = append(later, id)
+		} else {
+			now = append(now, id)
+		}
+	}
+	if len(now) == 0 {
+		return
+	}
+	if err := p.epochs.RaiseServiceEpochs(now...); err != nil {
+		p.fault("service_epochs", err)
+		return
+	}
+	p.round.Raised.Services = len(now)
+	p.raise.Services = later
+}

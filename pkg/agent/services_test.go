@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// randomServices is a cluster with some services whose endpoints and traffic policies come and go. Backends of service n in slice
+// n live in 10.n.0.0/16 and fd00:n::/32, so that a backend tells whose it is.
+func randomServices(r *rand.Rand) *state.Snapshot {
+	s := state.NewSnapshot()
+	for n := range 5 {
+		if r.IntN(5) == 0 {
+			continue
+		}
+		key := state.Key{Namespace: "default", Name: fmt.Sprintf("svc%d", n)}
+		svc := &state.Service{
+			Key: key, Type: state.NodePort, ExternalLocal: r.IntN(2) == 0, InternalLocal: r.IntN(4) == 0,
+			ClusterIPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 96, 0, byte(n + 1)}), netip.MustParseAddr(fmt.Sprintf("fd96::%d", n+1))},
+			Ports:      []state.ServicePort{{Name: "web", Protocol: state.TCP, Port: 80, NodePort: uint16(30000 + n)}},
+		}
+		s.Services[key] = svc
+		for _, ipv6 := range []bool{false, true} {
+			slice := &state.EndpointSlice{
+				Key: state.Key{Namespace: "default", Name: fmt.Sprintf("svc%d-%v", n, ipv6)}, Service: key, IPv6: ipv6,
+				Ports: []state.SlicePort{{Name: "web", Protocol: state.TCP, Port: 8080}},
+			}
+			for b := range r.IntN(6) {
+				a := netip.AddrFrom4([4]byte{10, byte(n), 0, byte(b*r.IntN(3) + 1)})
+				if ipv6 {
+					a = netip.MustParseAddr(fmt.Sprintf("fd00:%d::%d", n, b*r.IntN(3)+1))
+				}
+				slice.Endpoints = append(slice.Endpoints, state.Endpoint{Addr: a, Node: "n1", Ready: r.IntN(4) > 0, Serving: true})
+			}
+			s.EndpointSlices[slice.Key] = slice
+		}
+	}
+	return s
+}
+
+// halfBuilt returns what is wrong with the service maps at this instant, or "".
+func (k *fakeKernel) halfBuilt() string {
+	for frontend, svc := range k.services.entries {
+		for scope := range svc.List {
+			for slot := range svc.Count[scope] {
+				if _, ok := k.backends.entries[bpf.BackendKey{List: svc.List[scope], Slot: slot}]; !ok {
+					return fmt.Sprintf("frontend %v counts %d backends of list %d, slot %d is not there",
+						frontend, svc.Count[scope], svc.List[scope], slot)
+				}
+			}
+		}
+	}
+	return ""
+}
+
+// astray returns which frontend of randomServices leads to another service's backend, or "".
+func (k *fakeKernel) astray() string {
+	for frontend, svc := range k.services.entries {
+		for scope := range svc.List {
+			for slot := range svc.Count[scope] {
+				b := k.backends.entries[bpf.BackendKey{List: svc.List[scope], Slot: slot}]
+				if want, got := owner(frontend), owner(bpf.FrontendKey{Addr: b.Addr}); want != got {
+					return fmt.Sprintf("frontend %v leads to %v", frontend, b.AddrPort())
+				}
+			}
+		}
+	}
+	return ""
+}
+
+// owner is the number of the service that an address, or a node port, belongs to.
+func owner(k bpf.FrontendKey) int {
+	a := k.Addr.Netip()
+	if a.IsUnspecified() {
+		return int(bpf.Port16(k.Port)) - 30000
+	}
+	b := a.As16()
+	switch {
+	case a.Is4() && a.As4()[1] == 96:
+		return int(a.As4()[3]) - 1
+	case a.Is4():
+		return int(a.As4()[1])
+	case b[0] == 0xfd && b[1] == 0x96:
+		return int(b[15]) - 1
+	}
+	return int(b[3])
+}
+
+func TestServicesAreNeverHalfBuilt(t *testing.T) {
+	for seed := range uint64(30) {
+		for _, fault := range []float64{0, 0.2} {
+			t.Run(fmt.Sprintf("seed %d fault %v", seed, fault), func(t *testing.T) {
+				k := newKernel(seed)
+				k.fault = fault
+				k.check = func(op string) {
+					if wrong := k.halfBuilt() + k.astray(); wrong != "" {
+						t.Fatalf("after %s: %s", op, wrong)
+					}
+				}
+				r := newRig(t, k, runDir(t))
+				for range 15 {
+					r.give(randomServices(k.rand))
+				}
+				k.fault = 0
+				r.settle()
+				if diff := cmp.Diff(r.wantService.services, k.services.entries); diff != "" {
+					t.Errorf("services (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff(r.wantService.backends, k.backends.entries); diff != "" {
+					t.Errorf("backends (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff(r.wantService.members, k.members.entries); diff != "" {
+					t.Errorf("service_backends (-want +got):\n%s", diff)
+				}
+			})
+		}
+	}
+}
+
+// A kill at any instant, even in the middle of a fault, leaves maps from which the next start goes on, and no raise is lost: an epoch is
+// raised after the last member that a service loses, whoever raises it.
+func TestKillBetweenAnyTwoWritesLosesNoServiceEpoch(t *testing.T) {
+	for kill := 1; ; kill++ {
+		k := newKernel(1)
+		run := runDir(t)
+		s := rand.New(rand.NewPCG(7, 7))
+		first, second := randomServices(s), randomServices(s)
+		r := newRig(t, k, run)
+		r.give(first)
+		before := r.wantService.members
+		outstanding := map[uint32]bool{}
+		clear(k.serviceEpochs)
+		k.check = func(op string) {
+			if wrong := k.halfBuilt() + k.astray(); wrong != "" {
+				t.Fatalf("kill at %d: after %s: %s", kill, op, wrong)
+			}
+			switch op {
+			case "delete service_backends":
+				for m := range before {
+					if _, ok := k.members.entries[m]; !ok {
+						outstanding[m.ServiceId] = true
+					}
+				}
+			case "raise services":
+				for id := range outstanding {
+					if k.serviceEpochs[id] > 0 {
+						delete(outstanding, id)
+					}
+				}
+			}
+		}
+		k.killAfter = kill
+		killed := survives(func() { r.give(second) })
+		k.killAfter = 0
+		r = newRig(t, k, run)
+		r.give(second)
+		if len(outstanding) > 0 {
+			t.Fatalf("kill at %d: services %v lost a backend and their epoch was not raised after it", kill, outstanding)
+		}
+		if diff := cmp.Diff(r.wantService.members, k.members.entries); diff != "" {
+			t.Fatalf("kill at %d: service_backends (-want +got):\n%s", kill, diff)
+		}
+		if !killed {
+			if kill < 10 {
+				t.Fatalf("only %d operations: the test does not reach what it is about", kill)
+			}
+			return
+		}
+	}
+}
+
+// survives reports whether f was killed.
+func survives(f func()) (killed bool) {
+	defer func() {
+		if e := recover(); e == errKilled {
+			killed = true
+		} else if e != nil {
+			panic(e)
+		}
+	}()
+	f()
+	return false
+}

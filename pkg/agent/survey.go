@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/link"
+)
+
+// device is a network device of the node, as far as choosing needs it.
+type device struct {
+	index    int
+	name     string
+	kind     string // netlink's: "device", "veth", "bridge", ...
+	ethernet bool
+	loopback bool
+	// defaultRoute says that a default route leaves by it.
+	defaultRoute bool
+	// addrs are its global addresses.
+	addrs []netip.Addr
+}
+
+// survey is one reading of the node's network.
+type survey struct {
+	devices []device
+	routes  []string
+}
+
+// podDevicePrefix begins the name of every host-side device that Margay makes.
+const podDevicePrefix = "mgy"
+
+// dumpAttempts bounds how often an interrupted dump, which is inconsistent, is repeated.
+const dumpAttempts = 32
+
+// dump repeats a netlink dump that the kernel marked as interrupted.
+func dump[T any](read func() (T, error)) (T, error) {
+	var (
+		out T
+		err error
+	)
+	for range dumpAttempts {
+		if out, err = read(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return out, err
+}
+
+// Devices returns the names of the host's network devices by index.
+func (systemHost) Devices() (map[int]string, error) {
+	links, err := dump(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	names := make(map[int]string, len(links))
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	return names, nil
+}
+
+// readSurvey reads devices, addresses, routes and rules of the network namespace. Routes to our own pods are left out: the endpoints map
+// decides about those, and a pod's start must not send every flow of the node through the slow path.
+func readSurvey() (*survey, error) {
+	links, err := dump(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, unix.AF_UNSPEC) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	routes, err := dump(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	rules, err := dump(func() ([]netlink.Rule, error) { return netlink.RuleList(unix.AF_UNSPEC) })
+	if err != nil {
+		return nil, fmt.Errorf("list routing rules: %w", err)
+	}
+	s := &survey{}
+	byIndex := map[int]*device{}
+	for _, l := range links {
+		a := l.Attrs()
+		s.devices = append(s.devices, device{
+			index: a.Index, name: a.Name, kind: l.Type(), ethernet: a.EncapType == "ether", loopback: a.EncapType == "loopback",
+		})
+	}
+	for i := range s.devices {
+		byIndex[s.devices[i].index] = &s.devices[i]
+	}
+	for _, a := range addrs {
+		if d, ip := byIndex[a.LinkIndex], toAddr(a); d != nil && ip.IsValid() {
+			d.addrs = append(d.addrs, ip)
+		}
+	}
+	for _, r := range routes {
+		s.addRoute(r, byIndex)
+	}
+	for _, r := range rules {
+		s.routes = append(s.routes, fmt.Sprintf("rule %+v", r))
+	}
+	slices.Sort(s.routes)
+	return s, nil
+}
+
+// addRoute takes a route into the fingerprint's lines and notes who has a default route.
+func (s *survey) addRoute(r netlink.Route, byIndex map[int]*device) {
+	hops := []*netlink.NexthopInfo{{LinkIndex: r.LinkIndex, Gw: r.Gw}}
+	if len(r.MultiPath) > 0 {
+		hops = r.MultiPath
+	}
+	var line strings.Builder
+	fmt.Fprintf(&line, "route %d %v table %d type %d metric %d src %v", r.Family, r.Dst, r.Table, r.Type, r.Priority, r.Src)
+	podOnly := r.Protocol == link.RouteProtocol
+	for _, h := range hops {
+		d := byIndex[h.LinkIndex]
+		if d == nil {
+			// A blackhole, or a device that went away between two dumps: its own event will make us look again.
+			d = &device{index: h.LinkIndex}
+		}
+		podOnly = podOnly || isPodDevice(d.name)
+		if r.Table == unix.RT_TABLE_MAIN && isDefault(r) && r.Type == unix.RTN_UNICAST {
+			d.defaultRoute = true
+		}
+		fmt.Fprintf(&line, " via %v dev %d", h.Gw, h.LinkIndex)
+	}
+	if !podOnly {
+		s.routes = append(s.routes, line.String())
+	}
+}
+
+func isDefault(r netlink.Route) bool {
+	if r.Dst == nil {
+		return true
+	}
+	ones, _ := r.Dst.Mask.Size()
+	return ones == 0 && r.Dst.IP.IsUnspecified()
+}
+
+func isPodDevice(name string) bool {
+	return strings.HasPrefix(name, podDevicePrefix)
+}
+
+// toAddr returns the global address, or the zero Addr for one of another scope.
+func toAddr(a netlink.Addr) netip.Addr {
+	ip, ok := netip.AddrFromSlice(a.IP)
+	if !ok || a.Scope == unix.RT_SCOPE_HOST || a.Scope == unix.RT_SCOPE_LINK {
+		return netip.Addr{}
+	}
+	ip = ip.Unmap()
+	if ip.IsLoopback() || ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
+		return netip.Addr{}
+	}
+	return ip
+}
+
+// fingerprint changes when a packet's way could change.
+func (s *survey) fingerprint() string {
+	sum := sha256.Sum256([]byte(strings.Join(s.routes, "\n")))
+	return hex.EncodeToString(sum[:16])
+}
+
+// chooser decides which devices carry from_netdev.
+type chooser struct {
+	// patterns are names as path.Match knows them; empty: devices that the node is reached by.
+	patterns []string
+	// pods are the host-side devices of our pods, by index: made by us or adopted.
+	pods map[int]bool
+	// fresh are veth devices too young to be judged by: another plugin may be making one for a pod that Margay then adopts.
+	fresh map[int]bool
+}
+
+// virtualKinds are devices with addresses on which no packet from outside arrives as itself, or only what another device has
+// delivered already.
+var virtualKinds = []string{"dummy", "ifb", "nlmon", "vcan", "vrf"}
+
+// choose returns why the device carries from_netdev, or "".
+func (c chooser) choose(d device) string {
+	if d.loopback || !d.ethernet || isPodDevice(d.name) || c.pods[d.index] {
+		return ""
+	}
+	if len(c.patterns) > 0 {
+		for _, p := range c.patterns {
+			if ok, err := path.Match(p, d.name); ok && err == nil {
+				return "named by " + p
+			}
+		}
+		return ""
+	}
+	switch {
+	case slices.Contains(virtualKinds, d.kind):
+		return ""
+	case d.defaultRoute:
+		return "default route"
+	case d.kind == "bridge":
+		// docker0, cni0, virbr0: what is behind them is on this node.
+		return ""
+	case d.kind == "veth" && c.fresh[d.index]:
+		return ""
+	case len(d.addrs) > 0:
+		return "global address"
+	}
+	return ""
+}
+
+// facts gives the node's addresses: all of them are local, and NodePorts are served on those of the chosen devices.
+func (s *survey) facts(c chooser) (map[netip.Addr]uint32, []DeviceStatus) {
+	addrs := map[netip.Addr]uint32{}
+	var chosen []DeviceStatus
+	for _, d := range s.devices {
+		flags := bpf.NodeAddrLocal
+		if reason := c.choose(d); reason != "" {
+			flags |= bpf.NodeAddrNodePort
+			chosen = append(chosen, DeviceStatus{Name: d.name, Ifindex: d.index, Reason: reason})
+		}
+		for _, a := range d.addrs {
+			addrs[a] |= flags
+		}
+	}
+	return addrs, chosen
+}

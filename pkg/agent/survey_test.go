@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+)
+
+func TestChoose(t *testing.T) {
+	global := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	for name, tt := range map[string]struct {
+		c    chooser
+		d    device
+		want string
+	}{
+		"nic with an address":            {d: device{name: "eth0", kind: "device", ethernet: true, addrs: global}, want: "global address"},
+		"nic with a default route":       {d: device{name: "eth0", kind: "device", ethernet: true, addrs: global, defaultRoute: true}, want: "default route"},
+		"nic without an address":         {d: device{name: "eth1", kind: "device", ethernet: true}},
+		"loopback":                       {d: device{name: "lo", loopback: true, addrs: global}},
+		"our pod's device":               {d: device{name: "mgy0123", kind: "veth", ethernet: true, addrs: global}},
+		"adopted pod's device":           {c: chooser{pods: map[int]bool{7: true}}, d: device{index: 7, name: "veth1", kind: "veth", ethernet: true, addrs: global}},
+		"veth with an address":           {d: device{name: "veth1", kind: "veth", ethernet: true, addrs: global}, want: "global address"},
+		"veth that has just come":        {c: chooser{fresh: map[int]bool{7: true}}, d: device{index: 7, name: "veth1", kind: "veth", ethernet: true, addrs: global}},
+		"another container's bridge":     {d: device{name: "docker0", kind: "bridge", ethernet: true, addrs: global}},
+		"bridge that leads to the world": {d: device{name: "br0", kind: "bridge", ethernet: true, addrs: global, defaultRoute: true}, want: "default route"},
+		"tunnel without Ethernet":        {d: device{name: "wg0", kind: "wireguard", addrs: global}},
+		"dummy":                          {d: device{name: "kube-ipvs0", kind: "dummy", ethernet: true, addrs: global}},
+		"named":                          {c: chooser{patterns: []string{"en*", "br?"}}, d: device{name: "br1", kind: "bridge", ethernet: true}, want: "named by br?"},
+		"not named":                      {c: chooser{patterns: []string{"en*"}}, d: device{name: "eth0", kind: "device", ethernet: true, defaultRoute: true}},
+		"loopback is nobody's device":    {c: chooser{patterns: []string{"*"}}, d: device{name: "lo", loopback: true}},
+		"named, but a pod's":             {c: chooser{patterns: []string{"*"}}, d: device{name: "mgy1", kind: "veth", ethernet: true}},
+		"named, but an adopted pod's":    {c: chooser{patterns: []string{"*"}, pods: map[int]bool{7: true}}, d: device{index: 7, name: "v", kind: "veth", ethernet: true}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := tt.c.choose(tt.d); got != tt.want {
+				t.Errorf("choose() = %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestFacts(t *testing.T) {
+	v4, v6, bridge := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("10.1.0.1")
+	s := survey{devices: []device{
+		{index: 2, name: "eth0", kind: "device", ethernet: true, addrs: []netip.Addr{v4, v6}},
+		{index: 3, name: "cni0", kind: "bridge", ethernet: true, addrs: []netip.Addr{bridge}},
+	}}
+	addrs, chosen := s.facts(chooser{})
+	want := map[netip.Addr]uint32{v4: bpf.NodeAddrLocal | bpf.NodeAddrNodePort, v6: bpf.NodeAddrLocal | bpf.NodeAddrNodePort, bridge: bpf.NodeAddrLocal}
+	if diff := cmp.Diff(want, addrs, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		t.Errorf("addresses (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]DeviceStatus{{Name: "eth0", Ifindex: 2, Reason: "global address"}}, chosen); diff != "" {
+		t.Errorf("devices (-want +got):\n%s", diff)
+	}
+}

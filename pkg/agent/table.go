@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/datapath"
+)
+
+// Table is one map of the kernel as the pipeline uses it.
+type Table[K, V comparable] interface {
+	// Load reads every entry.
+	Load() (map[K]V, error)
+	// Put creates or replaces an entry; an error that wraps ErrFull says that the map has no room.
+	Put(k K, v V) error
+	// Replace changes the entry had into v; an error that wraps ErrChanged says that there is no such entry any more.
+	Replace(k K, had, v V) error
+	// Delete removes the entry had; a missing one is no error, and one that somebody else has changed meanwhile stays (ErrChanged).
+	Delete(k K, had V) error
+}
+
+// Errors that a Table tells apart.
+var (
+	ErrFull    = errors.New("map is full")
+	ErrChanged = errors.New("entry was changed or removed by somebody else")
+)
+
+// Epochs raises the numbers that send known flows through the slow path again (pkg/datapath implements it).
+type Epochs interface {
+	// RaiseEndpointEpochs re-judges the flows of the pods behind these host-side devices.
+	RaiseEndpointEpochs(ifindexes ...int) error
+	// RaiseServiceEpochs re-selects the flows of these service ids whose backend left.
+	RaiseServiceEpochs(ids ...uint32) error
+	// RaiseRouteEpoch re-routes every flow.
+	RaiseRouteEpoch() error
+}
+
+// Tables are the maps that the pipeline writes.
+type Tables struct {
+	Policy          Table[bpf.PolicyKey, bpf.PolicyEntry]
+	IPCache         Table[bpf.IPCacheKey, bpf.IPCacheEntry]
+	Endpoints       Table[bpf.Addr, bpf.Endpoint]
+	Pending         Table[bpf.PendingKey, bpf.Pending]
+	Services        Table[bpf.FrontendKey, bpf.Service]
+	Backends        Table[bpf.BackendKey, bpf.Backend]
+	ServiceBackends Table[bpf.ServiceBackend, uint32]
+	NodeAddrs       Table[bpf.Addr, uint32]
+}
+
+// kernelTable is a Table over a pinned map.
+type kernelTable[K, V comparable] struct {
+	m *ebpf.Map
+	// shared says that somebody else writes the map too: an entry is read again right before it is changed. The kernel has no
+	// compare-and-swap, so this makes the moment of a lost race short, not impossible; the other side's record then sets it right.
+	shared bool
+}
+
+// loadBatch is how many entries one batched read asks for.
+const loadBatch = 4096
+
+// Load reads the map in batches, or entry by entry where the kernel knows no batches for its type.
+func (t kernelTable[K, V]) Load() (map[K]V, error) {
+	var (
+		out    = map[K]V{}
+		cursor ebpf.MapBatchCursor
+		keys   = make([]K, loadBatch)
+		values = make([]V, loadBatch)
+	)
+	for {
+		n, err := t.m.BatchLookup(&cursor, keys, values, nil)
+		for i := range n {
+			out[keys[i]] = values[i]
+		}
+		switch {
+		case errors.Is(err, ebpf.ErrKeyNotExist):
+			return out, nil
+		case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSPC):
+			// ENOSPC: a bucket of the hash holds more than fits the batch.
+			return t.loadEach()
+		case err != nil:
+			return nil, fmt.Errorf("read map: %w", err)
+		}
+	}
+}
+
+func (t kernelTable[K, V]) loadEach() (map[K]V, error) {
+	var (
+		out = map[K]V{}
+		k   K
+		v   V
+		it  = t.m.Iterate()
+	)
+	for it.Next(&k, &v) {
+		out[k] = v
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read map: %w", err)
+	}
+	return out, nil
+}
+
+// Put creates or replaces an entry.
+func (t kernelTable[K, V]) Put(k K, v V) error {
+	return classify(t.m.Update(&k, &v, ebpf.UpdateAny))
+}
+
+// Replace changes the entry had into v.
+func (t kernelTable[K, V]) Replace(k K, had, v V) error {
+	if err := t.unchanged(k, had); err != nil {
+		return err
+	}
+	return classify(t.m.Update(&k, &v, ebpf.UpdateExist))
+}
+
+// Delete removes the entry had; a missing one is no error.
+func (t kernelTable[K, V]) Delete(k K, had V) error {
+	if err := t.unchanged(k, had); err != nil {
+		return err
+	}
+	if err := t.m.Delete(&k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return err
+	}
+	return nil
+}
+
+// unchanged wraps ErrChanged when the entry of a shared map is not had any more.
+func (t kernelTable[K, V]) unchanged(k K, had V) error {
+	if !t.shared {
+		return nil
+	}
+	var now V
+	if err := t.m.Lookup(&k, &now); err != nil {
+		return classify(err)
+	}
+	if now != had {
+		return ErrChanged
+	}
+	return nil
+}
+
+// KernelTables are the tables of an opened datapath.
+func KernelTables(m *datapath.Maps) Tables {
+	return Tables{
+		Policy:          kernelTable[bpf.PolicyKey, bpf.PolicyEntry]{m: m.Policy},
+		IPCache:         kernelTable[bpf.IPCacheKey, bpf.IPCacheEntry]{m: m.IPCache},
+		Endpoints:       kernelTable[bpf.Addr, bpf.Endpoint]{m: m.Endpoints, shared: true},
+		Pending:         kernelTable[bpf.PendingKey, bpf.Pending]{m: m.Pending},
+		Services:        kernelTable[bpf.FrontendKey, bpf.Service]{m: m.Services},
+		Backends:        kernelTable[bpf.BackendKey, bpf.Backend]{m: m.Backends},
+		ServiceBackends: kernelTable[bpf.ServiceBackend, uint32]{m: m.ServiceBackends},
+		NodeAddrs:       kernelTable[bpf.Addr, uint32]{m: m.NodeAddrs},
+	}
+}
+
+// MapSizes gives the sizes of those maps by name.
+func MapSizes(m *datapath.Maps) map[string]uint32 {
+	sizes := map[string]uint32{}
+	for name, one := range map[string]*ebpf.Map{
+		"policy": m.Policy, "ipcache": m.IPCache, "endpoints": m.Endpoints, "pending": m.Pending, "services": m.Services,
+		"backends": m.Backends, "service_backends": m.ServiceBackends, "node_addrs": m.NodeAddrs,
+	} {
+		sizes[name] = one.MaxEntries()
+	}
+	return sizes
+}
+
+// classify names the errors that the pipeline reacts to. A hash map without room says E2BIG, an LPM trie ENOSPC.
+func classify(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.E2BIG), errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	case errors.Is(err, ebpf.ErrKeyNotExist):
+		return fmt.Errorf("%w: %w", ErrChanged, err)
+	}
+	return err
+}
