@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -112,7 +113,7 @@ func FromService(s *corev1.Service) *Service {
 		}
 	}
 	for _, r := range s.Spec.LoadBalancerSourceRanges {
-		out.LoadBalancerSourceRanges = appendPrefix(out.LoadBalancerSourceRanges, r)
+		out.LoadBalancerSourceRanges = appendPrefix(out.LoadBalancerSourceRanges, strings.TrimSpace(r))
 	}
 	// The field means something only where there is outside traffic (row V2).
 	if out.Type != ClusterIP || len(out.ExternalIPs) > 0 {
