@@ -36,7 +36,7 @@ func eachFamily(t *testing.T, f func(*testing.T, family)) {
 	}
 }
 
-// clock is a settable CLOCK_BOOTTIME.
+// clock is a settable CLOCK_BOOTTIME; like the real one it never shows the same time twice.
 type clock struct{ now time.Duration }
 
 // conf makes a configuration whose ipam section has these members beside runDir. All of one test share the directory dir.
@@ -52,7 +52,7 @@ func confArgs(t testing.TB, dir, members, args string, ck *clock) *Config {
 		t.Fatalf("LoadConfig: %v", err)
 	}
 	if ck != nil {
-		c.sys.boottime = func() time.Duration { return ck.now }
+		c.sys.boottime = func() time.Duration { ck.now++; return ck.now }
 	}
 	return c
 }
@@ -204,7 +204,7 @@ func TestReuseIsLeastRecentlyReleasedFirst(t *testing.T) {
 		if got, want := add(t, c, pod(10)), fam.addrs[3]; got != want {
 			t.Errorf("Add = %s, want %s, which was released first", got, want)
 		}
-		ck.now = time.Hour + 11*time.Second // pod 0's address was released at +1 s
+		ck.now = time.Hour + 12*time.Second // pod 0's address was released at +1 s
 		if got, want := add(t, strict, pod(11)), fam.addrs[0]; got != want {
 			t.Errorf("strict Add = %s, want %s", got, want)
 		}
