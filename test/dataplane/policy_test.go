@@ -93,12 +93,14 @@ func TestPolicySeesNodePortClient(t *testing.T) {
 	families(t, func(t *testing.T, v6 bool) {
 		client := family(nodetest.ClientAddrs, v6)
 		to := netip.AddrPortFrom(family(nodetest.NodeAddrs, v6), 30080)
-		for network, proto := range protocols {
+		for network := range protocols {
 			if got, err := nodetest.Ask(t, n.Client, network, to); err == nil {
 				t.Errorf("%s from a client that is not allowed = %q, want no answer", network, got)
 			}
-			n.Identify(addr.HostPrefix(client), identityClient)
-			n.AllowPort(policyB, bpf.Ingress, identityClient, proto, 8080, 9)
+		}
+		n.Identify(addr.HostPrefix(client), identityClient+uint32(client.BitLen()))
+		for network, proto := range protocols {
+			n.AllowPort(policyB, bpf.Ingress, identityClient+uint32(client.BitLen()), proto, 8080, 9)
 			got, err := nodetest.Ask(t, n.Client, network, to)
 			wantAnswer(t, network+" from the allowed client", got, err, "b "+client.String())
 		}

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -96,6 +97,10 @@ func (n *Node) addClient() {
 		n.t.Fatal(err)
 	}
 	defer peer.Close()
+	// Neighbour discovery needs link-local addresses at once, not after duplicate address detection.
+	for _, ns := range []*netnstest.NS{n.NS, n.Client} {
+		ns.Do(func() { n.must(os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0)) })
+	}
 	n.NS.Do(func() {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = "eth0"
@@ -115,10 +120,26 @@ func (n *Node) addClient() {
 			}))
 		}
 	})
-	n.NS.Do(func() { n.must(link.SyncCarrier("eth0")) })
+	n.NS.Do(func() {
+		n.must(link.SyncCarrier("eth0"))
+		for _, a := range ClientAddrs {
+			n.resolve(a)
+		}
+	})
 	for _, a := range NodeAddrs {
 		n.Put(n.DP.Maps.NodeAddrs, bpf.NewAddr(a), bpf.NodeAddrLocal|bpf.NodeAddrNodePort)
 	}
+}
+
+// resolve waits until neighbour discovery towards a works: both ends' addresses become usable only some time after they were added.
+func (n *Node) resolve(a netip.Addr) {
+	n.t.Helper()
+	for range 20 {
+		if exec.Command("ping", "-n", "-c1", "-W1", a.String()).Run() == nil {
+			return
+		}
+	}
+	n.t.Fatalf("no answer from %s on the node's own network", a)
 }
 
 // up configures a device in the calling thread's namespace and returns its index.
