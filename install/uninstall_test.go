@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -56,6 +57,7 @@ func newMachine(t *testing.T) *machine {
 		}
 		m.ip("address", "add", "192.0.2.1/24", "dev", "eth0")
 		m.ip("-6", "address", "add", "2001:db8::1/64", "dev", "eth0", "nodad")
+		m.await("ip -6 route show table local", "local 2001:db8::1 ")
 		m.clsact("eth1")
 		m.filter("eth1", netlink.HANDLE_MIN_INGRESS, "others", m.program())
 	})
@@ -86,6 +88,22 @@ func (m *machine) ip(args ...string) {
 	m.t.Helper()
 	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
 		m.t.Fatalf("ip %v: %v: %s", args, err, out)
+	}
+}
+
+// await runs a command until it prints want: the kernel adds the route of an IPv6 address from a work queue.
+func (m *machine) await(command, want string) {
+	m.t.Helper()
+	words := strings.Fields(command)
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		out, err := exec.Command(words[0], words[1:]...).CombinedOutput()
+		m.must(err)
+		if strings.Contains(string(out), want) {
+			return
+		}
+		if time.Now().After(deadline) {
+			m.t.Fatalf("%s = %s, want %q in it", command, out, want)
+		}
 	}
 }
 
