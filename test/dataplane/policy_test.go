@@ -25,6 +25,7 @@ const (
 )
 
 func TestIngressPolicy(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b, c := n.AddPod("a"), n.AddPod("b"), n.AddPod("c")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -55,6 +56,7 @@ func TestIngressPolicy(t *testing.T) {
 }
 
 func TestEgressPolicy(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b, c := n.AddPod("a"), n.AddPod("b"), n.AddPod("c")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -85,6 +87,7 @@ func TestEgressPolicy(t *testing.T) {
 
 // The client's own address decides, behind a NodePort too.
 func TestPolicySeesNodePortClient(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	b := n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -109,6 +112,7 @@ func TestPolicySeesNodePortClient(t *testing.T) {
 
 // Promise 4: an open connection obeys a changed policy at once, and goes on when the policy goes away.
 func TestOpenConnectionObeysPolicy(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	b := n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -145,6 +149,7 @@ func TestOpenConnectionObeysPolicy(t *testing.T) {
 
 // Corner case A1: a connection from a reused source port is judged anew.
 func TestReusedPortIsJudgedAnew(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b := n.AddPod("a"), n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -167,6 +172,7 @@ func TestReusedPortIsJudgedAnew(t *testing.T) {
 
 // Until the agent has classified a pod, it speaks with its node alone, and the drop says why.
 func TestPendingPolicyAllowsNodeOnly(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b := n.AddPod("a"), n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -186,6 +192,7 @@ func TestPendingPolicyAllowsNodeOnly(t *testing.T) {
 }
 
 func TestPing(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b := n.AddPod("a"), n.AddPod("b")
 	families(t, func(t *testing.T, v6 bool) {
@@ -211,6 +218,7 @@ func TestPing(t *testing.T) {
 
 // A pod that sends from another pod's address, or from another MAC, is stopped at its own device.
 func TestSpoofedSourceIsDropped(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b := n.AddPod("a"), n.AddPod("b")
 	families(t, func(t *testing.T, v6 bool) {

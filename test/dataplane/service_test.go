@@ -40,6 +40,7 @@ func addServices(n *nodetest.Node, pods ...*nodetest.Pod) (ids []uint32) {
 }
 
 func TestPodToClusterIP(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b, c := n.AddPod("a"), n.AddPod("b"), n.AddPod("c")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -65,6 +66,7 @@ func TestPodToClusterIP(t *testing.T) {
 }
 
 func TestNodePortKeepsClientAddress(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	b := n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -78,6 +80,7 @@ func TestNodePortKeepsClientAddress(t *testing.T) {
 }
 
 func TestPodToNodePort(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b := n.AddPod("a"), n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -92,6 +95,7 @@ func TestPodToNodePort(t *testing.T) {
 
 // Contract row V12: a pod reaches itself through a service, and sees the service address as its client.
 func TestV12_Hairpin(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	b := n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -108,6 +112,7 @@ func TestV12_Hairpin(t *testing.T) {
 
 // Contract row V8: no endpoints means refused, at once, from a pod and from outside.
 func TestV8_NoEndpointsRejects(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a := n.AddPod("a")
 	addServices(n)
@@ -130,6 +135,7 @@ func TestV8_NoEndpointsRejects(t *testing.T) {
 
 // Contract row U1: a UDP client whose backend left moves on with its next datagram; one whose backend stays is left alone.
 func TestU1_UDPClientFollowsBackends(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b, c := n.AddPod("a"), n.AddPod("b"), n.AddPod("c")
 	nodetest.Serve(t, b.NS, "b", 8080)
@@ -171,6 +177,7 @@ func TestU1_UDPClientFollowsBackends(t *testing.T) {
 // Corner case A10: one client port to one backend, by two service addresses and directly. The second gets another port, not another
 // address.
 func TestPortCollisionChangesPortOnly(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	b := n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)

@@ -32,6 +32,7 @@ func wantAnswer(t *testing.T, what, got string, err error, want string) {
 }
 
 func TestPodToPod(t *testing.T) {
+	t.Parallel()
 	n := nodetest.New(t)
 	a, b := n.AddPod("a"), n.AddPod("b")
 	nodetest.Serve(t, b.NS, "b", 8080)
