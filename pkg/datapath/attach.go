@@ -15,10 +15,11 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// FilterPriority and FilterHandle are where our filters sit on a device's clsact qdisc. Lower priorities run first.
+// FilterPriority and FilterHandle are where our filters sit on a device's clsact qdisc. Lower priorities run first. The handle is one
+// that nobody else picks (most people take 1): a filter under the same two numbers would be replaced.
 const (
 	FilterPriority = 1
-	FilterHandle   = 1
+	FilterHandle   = 0x6d67
 )
 
 // ErrNotAttached is wrapped when a device lacks one of our programs, or has another build's.

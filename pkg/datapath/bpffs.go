@@ -30,11 +30,12 @@ func ensureBPFFS(cfg Config) error {
 		return err
 	}
 	if !on {
-		if err := unix.Mount("bpf", mountPoint, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RELATIME, "mode=0700"); err != nil {
-			return fmt.Errorf("mount bpffs at %s (CAP_SYS_ADMIN is needed; or mount it yourself: mount -t bpf bpf %s): %w", mountPoint, mountPoint, err)
-		}
+		// Remembered first: a crash in between must not leave a mount that uninstall does not know.
 		if err := remember(cfg, "mounts.json", mountPoint, "bpf"); err != nil {
 			return err
+		}
+		if err := unix.Mount("bpf", mountPoint, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_RELATIME, "mode=0700"); err != nil {
+			return fmt.Errorf("mount bpffs at %s (CAP_SYS_ADMIN is needed; or mount it yourself: mount -t bpf bpf %s): %w", mountPoint, mountPoint, err)
 		}
 	}
 	if err := os.MkdirAll(cfg.BPFFS, 0o700); err != nil {
