@@ -168,7 +168,7 @@ func TestFirstSnapshotHoldsAllFiles(t *testing.T) {
 }
 
 func TestChangesOfFiles(t *testing.T) {
-	w := watchDir(t, t.TempDir())
+	w := watchDir(t, t.TempDir(), func(t *timing) { t.grace = 500 * time.Millisecond })
 	w.becomes("", "")
 	path := func(name string) string { return filepath.Join(w.dir, name) }
 
@@ -197,6 +197,18 @@ func TestChangesOfFiles(t *testing.T) {
 	w.do(os.Remove(path("c.yaml")))
 	w.becomes("b:80", "")
 	w.problem("")
+}
+
+// TestVanishedFileMayComeBack takes longer to write a file anew than changes take to settle.
+func TestVanishedFileMayComeBack(t *testing.T) {
+	w := watchDir(t, t.TempDir(), func(t *timing) { t.grace = time.Hour })
+	w.write("a.yaml", service("a", 80))
+	w.becomes("", "a:80")
+	w.do(os.Remove(filepath.Join(w.dir, "a.yaml")))
+	w.write("b.yaml", service("b", 80)) // Its snapshot proves that the source looked meanwhile.
+	w.becomes("a:80", "a:80 b:80")
+	w.write("a.yaml", service("a", 81))
+	w.becomes("a:80 b:80", "a:81 b:80")
 }
 
 func TestBrokenFilesDisturbNothing(t *testing.T) {
