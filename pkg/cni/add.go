@@ -329,6 +329,9 @@ func (a *addition) configureHost(context.Context) error {
 	if err := a.hostLink.ConfigureHost(h); err != nil {
 		return fail(codeDevice, err, "configure host device %s", a.hostIf.Name)
 	}
+	if err := link.SyncCarrier(a.hostIf.Name); err != nil {
+		return fail(codeDevice, err, "bring host device %s into service", a.hostIf.Name)
+	}
 	return nil
 }
 

@@ -8,12 +8,14 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/link"
 	"github.com/margay-cni/margay/pkg/netns"
@@ -62,7 +64,7 @@ func (p *Plugin) remove(ctx context.Context, at *attachment) error {
 	if r.record, err = at.records().Load(at.args.ContainerID, at.args.IfName); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		at.log.Warn("unreadable record", slog.Any("error", err)) // it is removed with the rest
 	}
-	r.datapath, err = p.open(at.conf.datapath())
+	r.datapath, err = p.openExisting(ctx, at)
 	switch {
 	case errors.Is(err, fs.ErrNotExist): // no ADD ever came that far, or the pins are gone with everything else
 	case err != nil:
@@ -86,6 +88,20 @@ func (p *Plugin) remove(ctx context.Context, at *attachment) error {
 		faults = append(faults, r.removeRecord())
 	}
 	return joinFaults(faults)
+}
+
+// openExisting opens the datapath where there is one. Right after an upgrade of the plugin the maps are there, but not yet this build's
+// programs: then the datapath is made complete, or the endpoint's map entries would stay. Where there are no maps, nothing is made.
+func (p *Plugin) openExisting(ctx context.Context, at *attachment) (dataplane, error) {
+	cfg := at.conf.datapath()
+	d, err := p.open(cfg)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return d, err
+	}
+	if _, err := os.Stat(datapath.MapPath(cfg, "endpoints")); err != nil {
+		return nil, err
+	}
+	return p.ensure(ctx, cfg)
 }
 
 // ownsInterface says whether we made the interface, as opposed to adopted it. Without a record the configuration knows: only the plugin

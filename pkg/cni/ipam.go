@@ -6,10 +6,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
-	"path/filepath"
 
-	"github.com/containernetworking/cni/pkg/invoke"
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
@@ -48,9 +45,9 @@ func (at *attachment) allocate(ctx context.Context) (r *types100.Result, err err
 	if err != nil {
 		return nil, err
 	}
-	raw, err := invoke.ExecPluginWithResult(ctx, path, at.args.StdinData, delegateArgs("ADD", at.args), nil)
+	out, err := delegate(ctx, path, "ADD", at.args)
 	if err == nil {
-		r, err = types100.NewResultFromResult(raw)
+		r, err = decodeResult(out, at.conf.CNIVersion)
 	}
 	if err != nil {
 		ctx, cancel := cleanupContext(ctx)
@@ -101,7 +98,7 @@ func (at *attachment) ipamCommand(ctx context.Context, command string, own func(
 	if err != nil {
 		return err
 	}
-	err = invoke.ExecPluginWithoutResult(ctx, path, at.args.StdinData, delegateArgs(command, at.args), nil)
+	_, err = delegate(ctx, path, command, at.args)
 	return at.ipamError(err, command)
 }
 
@@ -113,16 +110,10 @@ func (at *attachment) ipamError(err error, command string) error {
 }
 
 func (at *attachment) delegatePath() (string, error) {
-	path, err := invoke.FindInPath(at.conf.IPAM.Type, filepath.SplitList(at.args.Path))
+	path, err := findPlugin(at.conf.IPAM.Type, at.args.Path)
 	if err != nil {
 		return "", fail(types.ErrInvalidNetworkConfig, err,
 			"ipam.type names %s, which is not in CNI_PATH (%s): install it or correct the conflist", at.conf.IPAM.Type, at.args.Path)
 	}
 	return path, nil
-}
-
-func delegateArgs(command string, args *skel.CmdArgs) *invoke.Args {
-	return &invoke.Args{
-		Command: command, ContainerID: args.ContainerID, NetNS: args.Netns, PluginArgsStr: args.Args, IfName: args.IfName, Path: args.Path,
-	}
 }

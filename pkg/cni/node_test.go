@@ -29,6 +29,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
 )
 
@@ -291,6 +292,9 @@ func (n *node) state() []string {
 			note("endpoint %s", a)
 		}
 		n.plane.mu.Unlock()
+		for _, a := range n.pinnedEndpoints() {
+			note("endpoint %s", a)
+		}
 		for _, f := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 			routes, err := netlink.RouteListFiltered(f, &netlink.Route{}, netlink.RT_FILTER_TABLE)
 			if err != nil {
@@ -317,7 +321,7 @@ func (n *node) state() []string {
 	}
 	_ = filepath.WalkDir(n.run, func(path string, d fs.DirEntry, err error) error {
 		rel, _ := filepath.Rel(n.run, path)
-		if err == nil && !d.IsDir() && !strings.HasPrefix(rel, "ipam/") && rel != "datapath.lock" {
+		if err == nil && !d.IsDir() && !strings.HasPrefix(rel, "ipam/") && strings.Contains(rel, "/") {
 			note("file %s", rel)
 		}
 		return nil
@@ -325,6 +329,34 @@ func (n *node) state() []string {
 	sort.Strings(out)
 	return out
 }
+
+// pinnedEndpoints returns the keys of the real endpoints map, where there is one.
+func (n *node) pinnedEndpoints() []netip.Addr {
+	n.t.Helper()
+	d, err := datapath.Open(datapath.Config{BPFFS: n.bpffs, Run: n.run})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer d.Close()
+	var (
+		out []netip.Addr
+		k   bpf.Addr
+		e   bpf.Endpoint
+	)
+	entries := d.Maps.Endpoints.Iterate()
+	for entries.Next(&k, &e) {
+		out = append(out, k.Netip())
+	}
+	if err := entries.Err(); err != nil {
+		n.t.Fatal(err)
+	}
+	return out
+}
+
+func (n *node) records() *endpoint.Store { return endpoint.NewStore(n.run) }
 
 func (n *node) ipamConfig() *ipam.Config {
 	n.t.Helper()
