@@ -221,6 +221,8 @@ func TestDropsFollow(t *testing.T) {
 		n.goldenFollow(t, "follow-json", "--count", "2", "-o", "json")
 		n.emit(t) // with goldenFollow's own: the one with other addresses lies between the two that are wanted
 		n.goldenFollow(t, "follow-pod", "--pod", "default/web-1", "--count", "2")
+		n.emit(t)
+		n.goldenFollow(t, "follow-reason", "--reason", "spoofed_address", "--count", "2")
 	})
 }
 
@@ -263,6 +265,7 @@ func TestErrors(t *testing.T) {
 		{"unknown pod", n, []string{"flows", "--pod", "default/nobody"}, "pod default/nobody is not known on this node"},
 		{"unknown pod's policy", n, []string{"policy", "--pod", "default/nobody"}, "pod default/nobody is not known on this node"},
 		{"format", n, []string{"flows", "-o", "yaml"}, `output format "yaml" is unknown`},
+		{"unknown reason", n, []string{"drops", "--follow", "--reason", "bad_luck"}, `there is no drop reason "bad_luck"`},
 		{"count without follow", n, []string{"drops", "--count", "1"}, "--count needs --follow"},
 		{"argument", n, []string{"flows", "everything"}, "unknown command"},
 	} {

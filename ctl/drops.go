@@ -34,6 +34,7 @@ type followOptions struct {
 	timeout  time.Duration
 	since    time.Duration
 	pod      string
+	reason   string
 	verdicts bool
 	numeric  bool
 }
@@ -49,11 +50,14 @@ func newDrops(a *app) *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if follow {
+				if _, known := hints[o.reason]; o.reason != "" && !known {
+					return fmt.Errorf("there is no drop reason %q; margayctl drops --all lists them", o.reason)
+				}
 				return a.followDrops(cmd.Context(), o)
 			}
-			for _, name := range []string{"count", "timeout", "since", "pod", "verdicts"} {
+			for _, name := range []string{"count", "timeout", "since", "pod", "reason", "verdicts"} {
 				if cmd.Flags().Changed(name) {
-					return fmt.Errorf("--%s needs --follow: totals are not kept by time or pod", name)
+					return fmt.Errorf("--%s needs --follow: the totals are not kept apart by time or pod", name)
 				}
 			}
 			return a.dropTotals(all)
@@ -66,6 +70,7 @@ func newDrops(a *app) *cobra.Command {
 	f.DurationVar(&o.timeout, "timeout", 0, "with --follow: end after this time")
 	f.DurationVar(&o.since, "since", 0, "with --follow: start with unread events of the last, for example, 1m")
 	f.StringVar(&o.pod, "pod", "", "with --follow: only drops from or to this pod (namespace/name)")
+	f.StringVar(&o.reason, "reason", "", "with --follow: only drops for this reason, for example policy")
 	f.BoolVar(&o.verdicts, "verdicts", false, "with --follow: also show verdicts on new flows, where the programs report them")
 	f.BoolVarP(&o.numeric, "numeric", "n", false, "show addresses instead of pod names")
 	return cmd
@@ -163,6 +168,9 @@ func (p *eventPrinter) start() {
 // visit shows one event and reports whether to go on.
 func (p *eventPrinter) visit(e flow.Event) bool {
 	if e.Type != "drop" && !p.options.verdicts {
+		return true
+	}
+	if p.options.reason != "" && e.Reason != p.options.reason {
 		return true
 	}
 	p.refresh()
