@@ -230,9 +230,21 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 	}
 }
 
-/* Writes one direction's entry; an entry that is there already keeps what it has seen of the connection. */
-__noinline int store_direction(struct new_flow *nf, __u32 direction)
+/* This CPU's work space; NULL only for the verifier. */
+static __always_inline struct new_flow *new_flow(void)
 {
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
+
+/*
+ * Writes one direction's entry; an entry that is there already keeps what it has seen of the connection. Finds the work space itself,
+ * because before 6.2 the verifier takes no argument of a global function as a map's key or value.
+ */
+__noinline int store_direction(__u32 direction)
+{
+	struct new_flow *nf = new_flow();
 	struct flow *old;
 
 	if (!nf)
@@ -291,10 +303,10 @@ __noinline int store_flow(struct new_flow *nf)
 		if (ret)
 			return ret;
 	}
-	ret = store_direction(nf, nf->reply ? FORWARD : REPLY);
+	ret = store_direction(nf->reply ? FORWARD : REPLY);
 	if (ret)
 		return ret;
-	return store_direction(nf, nf->reply ? REPLY : FORWARD);
+	return store_direction(nf->reply ? REPLY : FORWARD);
 }
 
 /* Policy says no. A flow that was allowed before keeps its translation, so that it can go on when policy allows it again. */
@@ -330,8 +342,7 @@ static __always_inline void note_opener(const struct __sk_buff *skb, const struc
  */
 __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
 {
-	__u32 zero = 0;
-	struct new_flow *nf = bpf_map_lookup_elem(&scratch, &zero);
+	struct new_flow *nf = new_flow();
 	int ret, source;
 
 	if (!nf || !p)

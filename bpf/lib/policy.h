@@ -5,14 +5,21 @@
 
 #include "pkt.h"
 
+/*
+ * Keys are copied to the stack: before 6.2 the verifier refuses a pointer that a global function got as its argument ("type=mem
+ * expected=fp") as a map's key or value.
+ */
 static __always_inline struct endpoint *endpoint_of(const struct addr *a)
 {
-	return bpf_map_lookup_elem(&endpoints, a);
+	struct addr key = *a;
+
+	return bpf_map_lookup_elem(&endpoints, &key);
 }
 
 static __always_inline __u32 node_addr_flags_of(const struct addr *a)
 {
-	__u32 *flags = bpf_map_lookup_elem(&node_addrs, a);
+	struct addr key = *a;
+	__u32 *flags = bpf_map_lookup_elem(&node_addrs, &key);
 
 	return flags ? *flags : 0;
 }
