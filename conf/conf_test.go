@@ -3,12 +3,15 @@
 package conf_test
 
 import (
+	"context"
 	"encoding/json"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/skel"
@@ -18,6 +21,8 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/cni"
 	"github.com/margay-cni/margay/pkg/ipam"
+	"github.com/margay-cni/margay/pkg/manifest"
+	"github.com/margay-cni/margay/pkg/state"
 )
 
 // loaders knows every kind of file that we ship, by its path below conf/.
@@ -26,6 +31,8 @@ var loaders = []struct {
 	load    func(t *testing.T, content []byte)
 }{
 	{conf.ConflistName, loadConflist},
+	{"demo/*.yaml", loadManifest},
+	{"demo/later/*.yaml", loadManifest},
 }
 
 // TestEveryFileLoads: what is shipped works as it is, and a new file needs a loader here.
@@ -70,6 +77,27 @@ func loadConflist(t *testing.T, content []byte) {
 				t.Errorf("plugin %s does not declare capability %s: the runtime would not pass it", p.Network.Type, capability)
 			}
 		}
+	}
+}
+
+// loadManifest reads the file as the agent does, which must have nothing to say about it.
+func loadManifest(t *testing.T, content []byte) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "file.yaml"), content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	source := manifest.New(dir, "demo", slog.New(slog.DiscardHandler))
+	var got *state.Snapshot
+	if err := source.Run(ctx, func(s *state.Snapshot) { got = s; cancel() }); err != nil {
+		t.Fatal(err)
+	}
+	if problems := source.Problems(); len(problems) != 0 {
+		t.Errorf("problems = %v, want none", problems)
+	}
+	if got == nil || len(got.Services)+len(got.NetworkPolicies) == 0 {
+		t.Errorf("snapshot = %v, want a service or a policy in it", got)
 	}
 }
 
