@@ -59,7 +59,6 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.devices, "devices", "", "comma-separated name patterns of the node's network devices (default: those with a global address or the default route)")
 	f.DurationVar(&o.resync, "resync", 10*time.Second, "how often everything is compared with the kernel")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
-	f.BoolVar(&o.datapath.VerdictEvents, "verdict-events", false, "emit an event for every new flow, if this agent is the one that loads the programs")
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
 	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
 		name, entries, ok := strings.Cut(s, "=")

@@ -47,6 +47,8 @@ const (
 	vethPause = time.Second
 )
 
+var errPodDevice = errors.New("the device carries a pod's programs")
+
 // nodeWatcher owns the attachments: from_netdev on the devices of the node, and the repair of what pods should have. It tells the pipeline
 // what the node's addresses and routes are.
 type nodeWatcher struct {
@@ -62,9 +64,11 @@ type nodeWatcher struct {
 	now  func() time.Time
 
 	pods     []*endpoint.Record
-	attached map[int]string    // by ifindex: name of the device that we attached to
-	seen     map[int]time.Time // by ifindex: since when we know a device; zero for those there at the start
-	last     nodeFacts
+	attached map[int]string // by ifindex: name of the device that we attached to
+	// inherited says that the attachments of a predecessor are in attached.
+	inherited bool
+	seen      map[int]time.Time // by ifindex: since when we know a device; zero for those there at the start
+	last      nodeFacts
 }
 
 // run surveys the node at the start, at every change and at every tick, until ctx ends. changes is fed by subscribe.
@@ -167,8 +171,17 @@ func (w *nodeWatcher) fresh(s *survey) map[int]bool {
 	return fresh
 }
 
-// detach takes from_netdev off devices that are not the node's any more: one that turned out to be a pod's, or lost its address.
+// detach takes from_netdev off devices that are not the node's any more: one that turned out to be a pod's, or lost its address, and at
+// the start whatever a predecessor thought otherwise of.
 func (w *nodeWatcher) detach(s *survey, chosen []DeviceStatus) {
+	if !w.inherited {
+		w.inherited = true
+		for _, d := range s.devices {
+			if w.attach.NetdevAttached(d.index) == nil {
+				w.attached[d.index] = d.name
+			}
+		}
+	}
 	for index, name := range w.attached {
 		if slices.ContainsFunc(chosen, func(d DeviceStatus) bool { return d.Ifindex == index }) {
 			continue
@@ -195,6 +208,10 @@ func (w *nodeWatcher) attachNetdev(d DeviceStatus, verify bool) error {
 	if missing == nil {
 		w.attached[d.Ifindex] = d.Name
 		return nil
+	}
+	if w.attach.PodAttached(d.Ifindex) == nil {
+		// Adopted a moment ago: its record is on the way. Our program would take the place of from_pod.
+		return errPodDevice
 	}
 	if err := w.attach.AttachNetdev(d.Ifindex); err != nil {
 		return err
