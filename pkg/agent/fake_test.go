@@ -184,7 +184,7 @@ func (h *fakeHost) NetnsGone(path string) bool       { return !h.netns[path] }
 // rig is a pipeline on a fake kernel that a test drives round by round.
 type rig struct {
 	*pipeline
-	t      *testing.T
+	t      testing.TB
 	kernel *fakeKernel
 	host   *fakeHost
 	// incomplete is what the source cannot read.
@@ -197,7 +197,7 @@ type rig struct {
 var testEpoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
 // newRig starts a pipeline on the kernel and the run directory, as an agent start does.
-func newRig(t *testing.T, k *fakeKernel, run string) *rig {
+func newRig(t testing.TB, k *fakeKernel, run string) *rig {
 	t.Helper()
 	cfg := Config{
 		Node: "n1", Run: run, SelectorSlices: true, Tables: k.tables(), Epochs: k, Resync: time.Hour,
@@ -318,6 +318,6 @@ func (k *fakeKernel) verdict(id, direction, identity uint32, proto state.Protoco
 	return best != nil && best.Verdict == bpf.VerdictAllow
 }
 
-func runDir(t *testing.T) string {
+func runDir(t testing.TB) string {
 	return filepath.Clean(t.TempDir())
 }

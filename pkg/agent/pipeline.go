@@ -275,12 +275,15 @@ func (p *pipeline) applySource() {
 		p.collectRecords()
 	}
 	p.raise.add(raise{Endpoints: p.planPolicy(hold), Services: p.planServices(hold)})
+	noted := !p.raise.empty()
 	p.saveNames()
 	p.saveNumbers()
 	compiled := p.now()
 	p.applyPolicy(hold)
 	p.applyServices(hold)
-	p.saveNumbers()
+	if noted || !p.raise.empty() {
+		p.saveNumbers()
+	}
 	p.round.Written = p.now()
 	p.round.Write = p.round.Written.Sub(compiled)
 }
