@@ -115,33 +115,7 @@ func checkRegistered(t *testing.T, n *node, r *types100.Result, addresses []neti
 func checkReachable(t *testing.T, n *node, pod *netnstest.NS, addresses []netip.Addr) {
 	t.Helper()
 	for _, a := range addresses {
-		var ln net.Listener
-		pod.Do(func() {
-			var err error
-			if ln, err = net.Listen("tcp", netip.AddrPortFrom(a, 0).String()); err != nil {
-				t.Fatal(err)
-			}
-		})
-		n.ns.Do(func() {
-			node := netip.MustParsePrefix("192.168.200.1/32")
-			if a.Is6() {
-				node = netip.MustParsePrefix("fd99::1/128")
-			}
-			ip := toIPNet(node)
-			if err := netlink.AddrReplace(nil, &netlink.Addr{IPNet: &ip, LinkIndex: 1, Flags: 2}); err != nil {
-				t.Fatal(err)
-			}
-			conn, err := net.DialTimeout("tcp", ln.Addr().String(), 5*time.Second)
-			if err != nil {
-				t.Errorf("connect from the node: %v", err)
-			} else {
-				_ = conn.Close()
-			}
-			if err := netlink.AddrDel(nil, &netlink.Addr{IPNet: &ip, LinkIndex: 1}); err != nil {
-				t.Fatal(err)
-			}
-		})
-		_ = ln.Close()
+		talk(t, n.ns, pod, a)
 	}
 }
 

@@ -22,7 +22,6 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
@@ -103,12 +102,6 @@ func newRealNode(t *testing.T, reference bool) *realNode {
 		}
 	})
 	n.ns.Do(func() {
-		for _, a := range nodeAddresses { // Ensure notes what addresses the node has
-			ip := toIPNet(a)
-			if err := netlink.AddrAdd(nil, &netlink.Addr{IPNet: &ip, LinkIndex: 1, Flags: unix.IFA_F_NODAD}); err != nil {
-				t.Fatal(err)
-			}
-		}
 		d, err := datapath.Ensure(context.Background(), datapath.Config{BPFFS: n.bpffs, Run: n.run})
 		if err != nil {
 			t.Fatal(err)
@@ -126,9 +119,6 @@ func (n *realNode) in(t *testing.T) *realNode {
 	inner.t, outer.node = t, &inner
 	return &outer
 }
-
-// nodeAddresses are the node's own.
-var nodeAddresses = []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("2001:db8:1::1/128")}
 
 // list returns a configuration list of the plugins.
 func (n *realNode) list(version string, plugins ...map[string]any) *libcni.NetworkConfigList {

@@ -18,12 +18,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/internal/testutil/privileged"
@@ -139,10 +141,22 @@ type node struct {
 	after func(step string) error
 }
 
+// nodeAddresses are the node's own.
+var nodeAddresses = []netip.Prefix{netip.MustParsePrefix("192.0.2.1/32"), netip.MustParsePrefix("2001:db8:1::1/128")}
+
 func newNode(t *testing.T) *node {
 	t.Helper()
 	privileged.Require(t)
 	n := &node{t: t, ns: netnstest.New(t), run: t.TempDir(), bpffs: "/nowhere", plane: newFakePlane(), out: &bytes.Buffer{}}
+	n.ns.Do(func() {
+		for _, a := range nodeAddresses {
+			ip := toIPNet(a)
+			if err := netlink.AddrAdd(nil, &netlink.Addr{IPNet: &ip, LinkIndex: 1, Flags: unix.IFA_F_NODAD}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	n.awaitNodeAddresses()
 	n.plugin = New(n.out)
 	n.plugin.ensure = func(context.Context, datapath.Config) (dataplane, error) { return n.plane, n.plane.faults["Ensure"] }
 	n.plugin.open = func(datapath.Config) (dataplane, error) {
@@ -159,6 +173,25 @@ func newNode(t *testing.T) *node {
 		return nil
 	}
 	return n
+}
+
+// awaitNodeAddresses waits for the kernel's local routes, which it makes in the background even for an address without duplicate address
+// detection: they would count as changes of the node's state.
+func (n *node) awaitNodeAddresses() {
+	n.t.Helper()
+	n.ns.Do(func() {
+		for _, a := range nodeAddresses {
+			for deadline := time.Now().Add(10 * time.Second); ; {
+				r, err := netlink.RouteGet(a.Addr().AsSlice())
+				if err == nil && len(r) == 1 && r[0].Type == unix.RTN_LOCAL {
+					break
+				}
+				if time.Now().After(deadline) {
+					n.t.Fatalf("node address %s is not local: %v, %v", a, r, err)
+				}
+			}
+		}
+	})
 }
 
 const (
