@@ -126,7 +126,7 @@ enum flow_tcp {
 struct flow {
 	__u32 last_seen;	/* seconds, CLOCK_MONOTONIC; written at most once a second */
 	__u32 route_epoch;	/* node_state.route_epoch it was computed under */
-	__u32 endpoint_epoch[2]; /* endpoint_epochs of in_ifindex and of out_ifindex */
+	__u32 endpoint_epoch[2]; /* endpoint_epochs of in_ifindex, and of out_ifindex or slot 0 (flow_out_slot) */
 	__u32 service_id;	/* with FLOW_SERVICE */
 	__u32 service_epoch;
 	__u32 in_ifindex;	/* with FLOW_IN_POD: device its packets come from; else 0 */
@@ -309,7 +309,7 @@ struct new_flow {
 	__u8 known;	/* the flow has entries already: its translation stays */
 	__u8 reply;	/* the packet at hand is an answer */
 	__u8 direction; /* enum direction: whose policy decided */
-	__u8 pad;
+	__u8 tcp_flags; /* of the packet at hand */
 	struct flow_key key; /* of entry */
 };
 

@@ -48,6 +48,7 @@ static __always_inline int new_flow_tuples(const struct pkt *p, struct new_flow 
 	nf->direction = EGRESS;
 	nf->known = 0;
 	nf->reply = 0;
+	nf->tcp_flags = p->tcp_flags;
 	nf->out_ifindex[FORWARD] = 0;
 	nf->out_ifindex[REPLY] = 0;
 	nf->fwd = p->key;
@@ -215,8 +216,8 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 	f->in_ifindex = in->ifindex;
 	f->out_ifindex = nf->out_ifindex[direction & 1];
 	f->endpoint_epoch[0] = endpoint_epoch(f->in_ifindex);
-	f->endpoint_epoch[1] = endpoint_epoch(f->out_ifindex);
 	f->action = nf->action[direction & 1];
+	f->endpoint_epoch[1] = endpoint_epoch(flow_out_slot(f));
 	f->flags = nf->flags | (direction == REPLY ? FLOW_REPLY : 0) | (in->ifindex ? FLOW_IN_POD : 0);
 	f->tcp = 0;
 	f->rule_id = nf->rule_id;
@@ -255,6 +256,8 @@ __noinline int store_direction(__u32 direction)
 		if (old)
 			nf->entry.tcp = old->tcp;
 	}
+	if (nf->key.proto == IPPROTO_TCP && direction == (nf->reply ? REPLY : FORWARD) && !(nf->flags & FLOW_DENIED))
+		nf->entry.tcp = flow_tcp_after(nf->entry.tcp, nf->tcp_flags);
 	return bpf_map_update_elem(&flows, &nf->key, &nf->entry, BPF_ANY) ? -DROP_FLOW_TABLE : 0;
 }
 
@@ -372,7 +375,5 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 		return ret;
 	if (cfg_verdict_events && !nf->known)
 		emit(skb, p, EVENT_VERDICT, DROP_NONE);
-	if (p->key.proto == IPPROTO_TCP)
-		flow_note_packet(&nf->entry, p);
 	return forward(skb, p, &nf->entry);
 }

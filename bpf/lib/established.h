@@ -5,13 +5,16 @@
 
 #include "connect.h"
 
-/* The entry was made for packets of this device and this MAC: whoever else sends the tuple lies. */
+/*
+ * The entry was made for packets of this device and this MAC: whoever else sends the tuple lies. What the host's stack hands to a pod
+ * needs an entry that was judged for that pod: a flow to an address that no pod had may have been judged without it.
+ */
 static __always_inline int flow_sender_matches(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
 {
 	struct ethhdr *eth;
 
 	if (p->hook == HOOK_TO_POD)
-		return 1;
+		return f->out_ifindex == skb->ifindex;
 	if (p->hook != HOOK_FROM_POD)
 		return !(f->flags & FLOW_IN_POD);
 	eth = pkt_at(skb, 0, sizeof(*eth));

@@ -41,12 +41,21 @@ static __always_inline __u32 route_epoch(void)
 	return s ? s->route_epoch : 0;
 }
 
+/*
+ * Slot of endpoint_epochs for where the entry's packets go. Slot 0 stands for everything that is no pod of this node: it is raised
+ * when a pod gets an address, because flows may have been under way to that address before.
+ */
+static __always_inline __u32 flow_out_slot(const struct flow *f)
+{
+	return f->action == FLOW_TO_NETDEV ? 0 : f->out_ifindex;
+}
+
 /* Nothing that the entry was computed from has changed since. Array lookups: a few instructions each, no hash. */
 static __always_inline int flow_is_current(const struct flow *f)
 {
 	if (f->route_epoch != route_epoch())
 		return 0;
-	if (f->endpoint_epoch[0] != endpoint_epoch(f->in_ifindex) || f->endpoint_epoch[1] != endpoint_epoch(f->out_ifindex))
+	if (f->endpoint_epoch[0] != endpoint_epoch(f->in_ifindex) || f->endpoint_epoch[1] != endpoint_epoch(flow_out_slot(f)))
 		return 0;
 	return !(f->flags & FLOW_SERVICE) || f->service_epoch == service_epoch(f->service_id);
 }
@@ -55,6 +64,19 @@ static __always_inline int flow_is_current(const struct flow *f)
 static __always_inline int pkt_opens_tcp(const struct pkt *p)
 {
 	return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* enum flow_tcp of a direction in which a segment with these flags has passed. */
+static __always_inline __u8 flow_tcp_after(__u8 tcp, __u8 tcp_flags)
+{
+	if (tcp_flags & TCP_RST)
+		return tcp | FLOW_TCP_RST;
+	if (tcp_flags & TCP_FIN)
+		return tcp | FLOW_TCP_FIN;
+	if (tcp_flags & TCP_SYN)
+		return tcp | FLOW_TCP_SYN;
+	/* Traffic goes on: a reset that the other end did not believe must not shorten the flow's life. */
+	return (tcp | FLOW_TCP_ESTABLISHED) & ~FLOW_TCP_RST;
 }
 
 /* What this packet tells about the connection. Stores only what is new: a clean cache line stays clean. */
@@ -67,16 +89,7 @@ static __always_inline void flow_note_packet(struct flow *f, const struct pkt *p
 		f->last_seen = now;
 	if (p->key.proto != IPPROTO_TCP)
 		return;
-	tcp = f->tcp;
-	if (p->tcp_flags & TCP_RST)
-		tcp |= FLOW_TCP_RST;
-	else if (p->tcp_flags & TCP_FIN)
-		tcp |= FLOW_TCP_FIN;
-	else if (p->tcp_flags & TCP_SYN)
-		tcp |= FLOW_TCP_SYN;
-	else
-		/* Traffic goes on: a reset that the other end did not believe must not shorten the flow's life. */
-		tcp = (tcp | FLOW_TCP_ESTABLISHED) & ~FLOW_TCP_RST;
+	tcp = flow_tcp_after(f->tcp, p->tcp_flags);
 	if (tcp != f->tcp)
 		f->tcp = tcp;
 }

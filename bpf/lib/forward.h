@@ -34,6 +34,8 @@ static __always_inline int ttl_decrement(struct __sk_buff *skb, struct pkt *p)
 	if (!ip6)
 		return -DROP_TRUNCATED;
 	ip6->hop_limit--;
+	/* No header checksum cancels this out in the NIC's sum of the whole packet (CHECKSUM_COMPLETE), which redirect_peer hands on. */
+	bpf_csum_update(skb, (__u16)~bpf_htons(0x0001));
 	return 0;
 }
 
@@ -51,13 +53,13 @@ static __always_inline int to_pod_device(struct __sk_buff *skb, const struct flo
 
 /*
  * The last step of every packet that is allowed: translation, then the way on. A packet without hops left goes to the stack as
- * it is, which answers with "time exceeded" and drops it.
+ * it is, which answers with "time exceeded" and drops it; at to_pod the stack has taken the hop already.
  */
 static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
 {
 	int ret;
 
-	if (f->action != FLOW_TO_STACK && p->ttl <= 1)
+	if (f->action != FLOW_TO_STACK && p->hook != HOOK_TO_POD && p->ttl <= 1)
 		return TC_ACT_OK;
 	if (f->flags & FLOW_NAT) {
 		ret = nat_rewrite(skb, p, &f->xlate, f->csum_diff);

@@ -239,7 +239,7 @@ type dpNewFlow struct {
 	Known        uint8
 	Reply        uint8
 	Direction    uint8
-	Pad          uint8
+	TcpFlags     uint8
 	Key          dpFlowKey
 }
 

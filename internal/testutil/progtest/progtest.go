@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package progtest runs the shipped BPF programs on single packets (BPF_PROG_TEST_RUN) at the hooks of a node from nodetest: real
+// devices, real routes, the node's own maps. Flows, counters and events are the fixture's alone, because the devices' own programs see
+// what the kernels of node and pods send by themselves.
+package progtest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/margay-cni/margay/internal/testutil/nodetest"
+	"github.com/margay-cni/margay/internal/testutil/pkt"
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/datapath"
+)
+
+// The actions that the programs may return, of linux/pkt_cls.h.
+const (
+	OK       = 0
+	Shot     = 2
+	Redirect = 7
+)
+
+// Fixture is a node with two pods and a private instance of the programs.
+type Fixture struct {
+	*nodetest.Node
+	A, B  *nodetest.Pod
+	Flows *ebpf.Map
+	// Flags are added to every run, for example ChecksumComplete.
+	Flags    uint32
+	counters *ebpf.Map
+	progs    map[string]*ebpf.Program
+}
+
+// ChecksumComplete is BPF_F_TEST_SKB_CHECKSUM_COMPLETE: the packet comes with the sum of all its bytes, as from a NIC, and the run fails
+// with EBADMSG if the sum is not right any more afterwards. Kernel 6.17; older ones answer EINVAL.
+const ChecksumComplete = 1 << 2
+
+// New makes the fixture. It needs root.
+func New(t testing.TB) *Fixture {
+	t.Helper()
+	f := &Fixture{Node: nodetest.New(t), progs: map[string]*ebpf.Program{}}
+	f.A, f.B = f.AddPod("a"), f.AddPod("b")
+	shared := map[string]*ebpf.Map{
+		"endpoints": f.DP.Maps.Endpoints, "endpoint_epochs": f.DP.Maps.EndpointEpochs, "ipcache": f.DP.Maps.IPCache,
+		"node_addrs": f.DP.Maps.NodeAddrs, "services": f.DP.Maps.Services, "backends": f.DP.Maps.Backends,
+		"service_backends": f.DP.Maps.ServiceBackends, "service_epochs": f.DP.Maps.ServiceEpochs, "policy": f.DP.Maps.Policy,
+		"node_state": f.DP.Maps.NodeState,
+		"flows":      newMap(t, "flows"), "counters": newMap(t, "counters"), "events": newMap(t, "events"),
+	}
+	f.Flows, f.counters = shared["flows"], shared["counters"]
+	specs, err := bpf.ProgramSpecs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, spec := range specs {
+		coll, err := datapath.LoadPrograms(f.Config, spec, shared)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(coll.Close)
+		maps.Copy(f.progs, coll.Programs)
+	}
+	return f
+}
+
+func newMap(t testing.TB, name string) *ebpf.Map {
+	t.Helper()
+	specs, err := bpf.MapSpecs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := ebpf.NewMap(specs[name])
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+// Hook is a program on a device.
+type Hook struct {
+	Program string
+	Ifindex int
+	// Ingress is the device that the packet came in on before the stack; 0: it is of the node's own.
+	Ingress int
+}
+
+// FromPod is the hook of what a pod sends.
+func FromPod(p *nodetest.Pod) Hook { return Hook{Program: bpf.ProgFromPod, Ifindex: p.Ifindex} }
+
+// ToPod is the hook of what the node's own processes send to a pod.
+func ToPod(p *nodetest.Pod) Hook { return Hook{Program: bpf.ProgToPod, Ifindex: p.Ifindex} }
+
+// FromNetdev is the hook of what comes from outside.
+func (f *Fixture) FromNetdev() Hook {
+	return Hook{Program: bpf.ProgFromNetdev, Ifindex: f.ClientDevice, Ingress: f.ClientDevice}
+}
+
+// Result is what one run of a program did.
+type Result struct {
+	Action int
+	Out    []byte
+	// Drops counts by reason, both directions.
+	Drops map[string]uint64
+}
+
+// buff is the beginning of struct __sk_buff; what lies before and between must be zero.
+type buff struct {
+	_              [9]uint32
+	IngressIfindex uint32
+	Ifindex        uint32
+	_              [25]uint32
+}
+
+// Run runs the hook's program once on a frame.
+func (f *Fixture) Run(t testing.TB, h Hook, frame []byte) Result {
+	t.Helper()
+	before := f.Drops(t)
+	opts := &ebpf.RunOptions{
+		Data: frame, DataOut: make([]byte, len(frame)+256), Flags: f.Flags,
+		Context: buff{Ifindex: uint32(h.Ifindex), IngressIfindex: uint32(h.Ingress)},
+	}
+	var action uint32
+	var err error
+	f.NS.Do(func() { action, err = f.progs[h.Program].Run(opts) })
+	if err != nil {
+		t.Fatalf("run %s: %v\n%s", h.Program, err, pkt.Dump(frame))
+	}
+	r := Result{Action: int(action), Out: opts.DataOut, Drops: f.Drops(t)}
+	for reason, n := range before {
+		if r.Drops[reason] -= n; r.Drops[reason] == 0 {
+			delete(r.Drops, reason)
+		}
+	}
+	return r
+}
+
+// Drops returns the drop counters by reason, reasons without drops left out.
+func (f *Fixture) Drops(t testing.TB) map[string]uint64 {
+	t.Helper()
+	out := map[string]uint64{}
+	for slot := range f.counters.MaxEntries() {
+		var perCPU []bpf.Counter
+		if err := f.counters.Lookup(slot, &perCPU); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range perCPU {
+			if c.Packets != 0 {
+				out[bpf.DropReasonName(uint8(slot/2))] += c.Packets
+			}
+		}
+	}
+	return out
+}
+
+// Case is one packet at one hook and everything that must come of it.
+type Case struct {
+	Name       string
+	Hook       Hook
+	In         []byte
+	WantAction int
+	// WantOut is the golden packet; nil: the one that came in.
+	WantOut []byte
+	// WantDrop is the one drop reason that is counted, once; empty: none.
+	WantDrop string
+}
+
+// Check runs the case and compares.
+func (f *Fixture) Check(t testing.TB, c Case) {
+	t.Helper()
+	got := f.Run(t, c.Hook, c.In)
+	what := fmt.Sprintf("%s, %s", c.Name, c.Hook.Program)
+	if got.Action != c.WantAction {
+		t.Errorf("%s: action = %d, want %d; drops %v; the packet:\n%s", what, got.Action, c.WantAction, got.Drops, pkt.Dump(c.In))
+	}
+	want := map[string]uint64{}
+	if c.WantDrop != "" {
+		want[c.WantDrop] = 1
+	}
+	if diff := cmp.Diff(want, got.Drops); diff != "" {
+		t.Errorf("%s: drops (-want +got):\n%sthe packet:\n%s", what, diff, pkt.Dump(c.In))
+	}
+	if c.WantAction == Shot {
+		return
+	}
+	wantOut := c.WantOut
+	if wantOut == nil {
+		wantOut = c.In
+	} else if err := pkt.VerifyChecksums(wantOut); err != nil {
+		t.Fatalf("%s: the wanted packet is wrong: %v", what, err)
+	}
+	if !bytes.Equal(wantOut, got.Out) {
+		t.Errorf("%s: the packet in:\n%swant out:\n%sgot out:\n%s", what, pkt.Dump(c.In), pkt.Dump(wantOut), pkt.Dump(got.Out))
+	}
+}
+
+// Flow returns the entry of a tuple.
+func (f *Fixture) Flow(t testing.TB, key bpf.FlowKey) (flow bpf.Flow, ok bool) {
+	t.Helper()
+	switch err := f.Flows.Lookup(&key, &flow); {
+	case err == nil:
+		return flow, true
+	case isMissing(err):
+		return flow, false
+	default:
+		t.Fatal(err)
+	}
+	return flow, false
+}
+
+// ClearFlows forgets every flow.
+func (f *Fixture) ClearFlows(t testing.TB) {
+	t.Helper()
+	for key := range f.AllFlows(t) {
+		if err := f.Flows.Delete(&key); err != nil && !isMissing(err) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// AllFlows returns the flow table.
+func (f *Fixture) AllFlows(t testing.TB) map[bpf.FlowKey]bpf.Flow {
+	t.Helper()
+	var key bpf.FlowKey
+	var flow bpf.Flow
+	out := map[bpf.FlowKey]bpf.Flow{}
+	it := f.Flows.Iterate()
+	for it.Next(&key, &flow) {
+		out[key] = flow
+	}
+	if err := it.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func isMissing(err error) bool { return errors.Is(err, ebpf.ErrKeyNotExist) }
