@@ -37,7 +37,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root lint fmt generate generate-check bench fuzz ci deps clean install uninstall
+.PHONY: help build $(BINARIES) demo test test-unit test-root lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -74,12 +74,20 @@ fmt: ## Format the Go files
 generate: ## Compile bpf/ and generate pkg/bpf from it (needs clang-19: make deps)
 	@command -v $(BPF2GO_CC) >/dev/null || { echo 'generate: no $(BPF2GO_CC) here: make deps'; exit 1; }
 	cd pkg/bpf && go generate ./...
+	cd test/bench && go generate ./...
 
 generate-check: generate ## Require that the committed generated files are what bpf/ generates
-	@changed=$$(git status --porcelain -- pkg/bpf); [[ -z $$changed ]] || \
-		{ git --no-pager diff --stat -- pkg/bpf; echo "generate-check: not what is committed:"; echo "$$changed"; exit 1; }
+	@generated='pkg/bpf test/bench/*_bpfel.*'; changed=$$(git status --porcelain -- $$generated); [[ -z $$changed ]] || \
+		{ git --no-pager diff --stat -- $$generated; echo "generate-check: not what is committed:"; echo "$$changed"; exit 1; }
 
-bench: ## Run every benchmark (BENCHTIME=1s for each; as root also the ones that need it)
+bench: ## Measure Margay beside others and write docs/benchmarks.md (needs root, under 3 minutes)
+	go run ./test/bench -write
+
+bench-smoke: ## Run every benchmark once, briefly: shows that they work (needs root)
+	go run ./test/bench -smoke
+	$(MAKE) bench-packages BENCHTIME=1x
+
+bench-packages: ## Run the Go benchmarks of the packages (BENCHTIME=1s for each)
 	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -p 1 -timeout 30m $(TESTFLAGS) ./...
 
 fuzz: ## Run every fuzz target for FUZZTIME=20s
@@ -92,7 +100,7 @@ ci: ## What .ci/run runs: deps, lint, generate-check, build, test as root, every
 	$(MAKE) generate-check
 	$(MAKE) build
 	$(MAKE) test CI=true
-	$(MAKE) bench BENCHTIME=1x
+	$(MAKE) bench-smoke
 
 deps: ## Install the Debian packages of hack/deps.txt that are missing
 	hack/install-deps

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"math"
+	"slices"
+	"strings"
+)
+
+// median returns the middle value, between the two middle ones of an even number; NaN of nothing.
+func median(values []float64) float64 {
+	if len(values) == 0 {
+		return math.NaN()
+	}
+	s := slices.Sorted(slices.Values(values))
+	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
+}
+
+// percentile returns the smallest value that p percent of the values do not exceed; NaN of nothing.
+func percentile(values []float64, p float64) float64 {
+	if len(values) == 0 {
+		return math.NaN()
+	}
+	s := slices.Sorted(slices.Values(values))
+	return s[max(0, int(math.Ceil(p/100*float64(len(s))))-1)]
+}
+
+// middleMean returns the mean of the values between the quartiles: finer than a median where values are whole nanoseconds, and as
+// indifferent to what interrupted some of them.
+func middleMean(values []float64) float64 {
+	s := slices.Sorted(slices.Values(values))
+	s = s[len(s)/4 : len(s)-len(s)/4]
+	sum := 0.0
+	for _, v := range s {
+		sum += v
+	}
+	return sum / float64(len(s))
+}
+
+// idOf returns a name as a part of a measurement's id: "dual stack" → "dual-stack".
+func idOf(name string) string {
+	return strings.ReplaceAll(strings.ToLower(name), " ", "-")
+}
