@@ -14,13 +14,14 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// PutEndpoint registers or changes the pod interface behind an address; the pod's flows are judged again.
+// PutEndpoint registers or changes the pod interface behind an address. The pod's flows are judged again, and those that lead to no pod of
+// this node (slot 0): some may have been under way to this address before the pod had it.
 func (d *Datapath) PutEndpoint(a netip.Addr, e bpf.Endpoint) error {
 	key := bpf.NewAddr(a)
 	if err := d.Maps.Endpoints.Update(&key, &e, ebpf.UpdateAny); err != nil {
 		return fullError("endpoints", d.Maps.Endpoints, fmt.Errorf("register endpoint %s: %w", a, err))
 	}
-	return d.RaiseEndpointEpochs(int(e.Ifindex))
+	return d.RaiseEndpointEpochs(int(e.Ifindex), 0)
 }
 
 // DeleteEndpoint removes an address, but only while it belongs to the device ifindex (0: to any): the address may have a new owner
