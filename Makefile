@@ -13,6 +13,8 @@ BENCHTIME ?= 1s
 FUZZTIME ?= 20s
 # Further flags for every go test, for example TESTFLAGS='-run TestAdd -v'.
 TESTFLAGS ?=
+# Kernels of test-vm.
+KERNELS ?= 6.1 6.12
 # Flags for bin/margay-install, for example INSTALL_FLAGS='--bin-dir /usr/local/bin'.
 INSTALL_FLAGS ?=
 
@@ -37,7 +39,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -61,6 +63,10 @@ test-unit: ## Run the tests of the packages that need no root (with the race det
 test-root: ## Run the tests of the packages that need root; without it most of them are skipped
 	@[[ $$EUID -eq 0 ]] || echo 'test-root: not root: the tests that need it are skipped'
 	packages=$$($(root_packages)); go test -count=1 -p 1 -timeout 20m $(TESTFLAGS) $$packages
+
+test-vm: ## Run the tests that need root on Debian's kernels 6.1 and 6.12 in emulated machines (KERNELS, PACKAGES, VM_FLAGS, TIME)
+	hack/install-deps deps-vm.txt
+	hack/vm/run $(KERNELS)
 
 lint: ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }
