@@ -148,6 +148,15 @@ func newNode(t *testing.T) *node {
 	t.Helper()
 	privileged.Require(t)
 	n := &node{t: t, ns: netnstest.New(t), run: t.TempDir(), bpffs: "/nowhere", plane: newFakePlane(), out: &bytes.Buffer{}}
+	// As /run is: on a disk's filesystem, making and renaming small files would be a fifth of ADD.
+	if err := unix.Mount("tmpfs", n.run, "tmpfs", 0, "mode=0755"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(n.run, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount run directory: %v", err)
+		}
+	})
 	n.ns.Do(func() {
 		for _, a := range nodeAddresses {
 			ip := toIPNet(a)
