@@ -303,6 +303,8 @@ struct new_flow {
 	__u32 out_ifindex[2]; /* where the opener's packets, and the answers, leave: device, 0 = not known yet */
 	__u32 service_id;
 	__u32 service_epoch;
+	__u32 endpoint_epoch[3]; /* of src, of dst, and slot 0 (flow_out_slot) */
+	__u32 route_epoch;
 	__u32 rule_id;
 	__u16 flags; /* enum flow_flags common to both directions */
 	__u8 action[2];

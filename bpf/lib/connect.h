@@ -4,6 +4,9 @@
 /*
  * The slow path: a flow's first packet, and the first one after something that the flow depends on has changed. Ends with two
  * self-contained entries in the flow table, or with a drop. All hooks share it; what differs is which end may be whom.
+ *
+ * User space changes a map and then raises an epoch. So here every epoch is read before what it is about: a change in between leaves
+ * an entry with an old epoch, which the next packet sends here again, and never an old verdict under a new epoch.
  */
 
 #include "drop.h"
@@ -23,17 +26,18 @@ static __always_inline __u32 packet_scope(const struct pkt *p)
 }
 
 /*
- * May this entry's translation go on? Not when a SYN opens a new connection on the remains of an old one, and not when a UDP
- * client's backend has left the service (contract row U1).
+ * May this entry's translation go on? Not when a SYN opens a new connection on the remains of an old one, and not when the backend
+ * has left the service: for a UDP client (contract row U1), and for a SYN, whose old connection may have ended without a word.
  */
-static __always_inline int flow_keeps_translation(const struct pkt *p, const struct flow *f)
+static __always_inline int flow_keeps_translation(const struct pkt *p, const struct flow *f, __u32 epoch)
 {
 	struct flow *other = flow_other(f);
 
 	if (pkt_opens_tcp(p) && (flow_is_closing(f, other) || flow_is_expired(IPPROTO_TCP, f, other, now_seconds())))
 		return 0;
-	if (p->key.proto == IPPROTO_UDP && (f->flags & (FLOW_SERVICE | FLOW_REPLY)) == FLOW_SERVICE &&
-	    f->service_epoch != service_epoch(f->service_id))
+	if ((f->flags & (FLOW_SERVICE | FLOW_REPLY)) != FLOW_SERVICE)
+		return 1;
+	if (pkt_opens_tcp(p) || (p->key.proto == IPPROTO_UDP && f->service_epoch != epoch))
 		return backend_still_serves(f);
 	return 1;
 }
@@ -41,6 +45,8 @@ static __always_inline int flow_keeps_translation(const struct pkt *p, const str
 /* The two tuples: from the entry where there is one, else from the packet and the services. */
 static __always_inline int new_flow_tuples(const struct pkt *p, struct new_flow *nf, const struct flow *f)
 {
+	__u32 epoch = f && (f->flags & FLOW_SERVICE) ? service_epoch(f->service_id) : 0;
+
 	nf->flags = 0;
 	nf->service_id = 0;
 	nf->service_epoch = 0;
@@ -53,13 +59,13 @@ static __always_inline int new_flow_tuples(const struct pkt *p, struct new_flow 
 	nf->out_ifindex[REPLY] = 0;
 	nf->fwd = p->key;
 	nf->post = p->key;
-	if (!f || !flow_keeps_translation(p, f))
+	if (!f || !flow_keeps_translation(p, f, epoch))
 		return service_translate(nf, packet_scope(p));
 	nf->known = 1;
 	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_FROM_HOST);
 	if (nf->flags & FLOW_SERVICE) {
 		nf->service_id = f->service_id;
-		nf->service_epoch = service_epoch(f->service_id);
+		nf->service_epoch = epoch;
 	}
 	if (f->flags & FLOW_REPLY) {
 		nf->reply = 1;
@@ -72,19 +78,28 @@ static __always_inline int new_flow_tuples(const struct pkt *p, struct new_flow 
 	return 0;
 }
 
+/* The pod that owns the address, or ifindex 0. Returns its epoch, which is older than what it is about. */
+static __always_inline __u32 read_endpoint(const struct addr *a, struct endpoint *to)
+{
+	struct endpoint *e = endpoint_of(a);
+	__u32 epoch;
+
+	to->ifindex = 0;
+	if (!e)
+		return 0;
+	epoch = endpoint_epoch(e->ifindex);
+	e = endpoint_of(a);
+	if (e)
+		*to = *e;
+	return epoch;
+}
+
 /* Fills nf->src and nf->dst: the pods of this node at either end. */
 static __always_inline void new_flow_endpoints(struct new_flow *nf)
 {
-	struct endpoint *e;
-
-	nf->src.ifindex = 0;
-	nf->dst.ifindex = 0;
-	e = endpoint_of(&nf->fwd.src);
-	if (e)
-		nf->src = *e;
-	e = endpoint_of(&nf->post.dst);
-	if (e)
-		nf->dst = *e;
+	nf->endpoint_epoch[2] = endpoint_epoch(0);
+	nf->endpoint_epoch[0] = read_endpoint(&nf->fwd.src, &nf->src);
+	nf->endpoint_epoch[1] = read_endpoint(&nf->post.dst, &nf->dst);
 }
 
 /* Does the packet come from where its source address lives? */
@@ -195,6 +210,16 @@ static __always_inline void choose_reply(struct __sk_buff *skb, struct new_flow 
 	}
 }
 
+/* The epoch of a slot (flow_out_slot) that the flow was judged under. */
+static __always_inline __u32 judged_epoch(const struct new_flow *nf, __u32 slot)
+{
+	if (slot && slot == nf->src.ifindex)
+		return nf->endpoint_epoch[0];
+	if (slot && slot == nf->dst.ifindex)
+		return nf->endpoint_epoch[1];
+	return nf->endpoint_epoch[2];
+}
+
 /* Composes nf->entry and nf->key for one direction. */
 static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 {
@@ -210,14 +235,14 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 		key_reverse(&f->xlate, &nf->fwd);
 	}
 	f->last_seen = now_seconds();
-	f->route_epoch = route_epoch();
+	f->route_epoch = nf->route_epoch;
 	f->service_id = nf->service_id;
 	f->service_epoch = nf->service_epoch;
 	f->in_ifindex = in->ifindex;
 	f->out_ifindex = nf->out_ifindex[direction & 1];
-	f->endpoint_epoch[0] = endpoint_epoch(f->in_ifindex);
+	f->endpoint_epoch[0] = judged_epoch(nf, f->in_ifindex);
 	f->action = nf->action[direction & 1];
-	f->endpoint_epoch[1] = endpoint_epoch(flow_out_slot(f));
+	f->endpoint_epoch[1] = judged_epoch(nf, flow_out_slot(f));
 	f->flags = nf->flags | (direction == REPLY ? FLOW_REPLY : 0) | (in->ifindex ? FLOW_IN_POD : 0);
 	f->tcp = 0;
 	f->rule_id = nf->rule_id;
@@ -350,6 +375,7 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 
 	if (!nf || !p)
 		return -DROP_INVALID_CONFIG;
+	nf->route_epoch = route_epoch();
 	ret = new_flow_tuples(p, nf, f);
 	new_flow_endpoints(nf);
 	source = check_source(skb, p, nf);

@@ -51,6 +51,12 @@ __noinline int service_translate(struct new_flow *nf, __u32 scope)
 	s = service_find(&nf->fwd);
 	if (!s)
 		return 0;
+	nf->service_id = s->id;
+	nf->service_epoch = service_epoch(s->id);
+	/* Again: what is read from here on is not older than the epoch. */
+	s = service_find(&nf->fwd);
+	if (!s)
+		return 0;
 	count = s->count[scope & 1];
 	if (count == 0) {
 		if (s->flags & (scope == SCOPE_EXTERNAL ? SERVICE_DROP_EXTERNAL : SERVICE_DROP_INTERNAL))
@@ -72,7 +78,5 @@ __noinline int service_translate(struct new_flow *nf, __u32 scope)
 	if (addr_equal(&nf->post.dst, &nf->fwd.src))
 		nf->post.src = nf->fwd.dst;
 	nf->flags |= FLOW_SERVICE;
-	nf->service_id = s->id;
-	nf->service_epoch = service_epoch(s->id);
 	return 0;
 }

@@ -224,23 +224,25 @@ type dpIpcacheKey struct {
 }
 
 type dpNewFlow struct {
-	_            structs.HostLayout
-	Fwd          dpFlowKey
-	Post         dpFlowKey
-	Entry        dpFlow
-	Src          dpEndpoint
-	Dst          dpEndpoint
-	OutIfindex   [2]uint32
-	ServiceId    uint32
-	ServiceEpoch uint32
-	RuleId       uint32
-	Flags        uint16
-	Action       [2]uint8
-	Known        uint8
-	Reply        uint8
-	Direction    uint8
-	TcpFlags     uint8
-	Key          dpFlowKey
+	_             structs.HostLayout
+	Fwd           dpFlowKey
+	Post          dpFlowKey
+	Entry         dpFlow
+	Src           dpEndpoint
+	Dst           dpEndpoint
+	OutIfindex    [2]uint32
+	ServiceId     uint32
+	ServiceEpoch  uint32
+	EndpointEpoch [3]uint32
+	RouteEpoch    uint32
+	RuleId        uint32
+	Flags         uint16
+	Action        [2]uint8
+	Known         uint8
+	Reply         uint8
+	Direction     uint8
+	TcpFlags      uint8
+	Key           dpFlowKey
 }
 
 type dpNodeAddrFlags uint32
