@@ -6,8 +6,10 @@ import (
 	"context"
 	"testing"
 
+	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/endpoint"
 )
 
 var (
@@ -76,4 +78,59 @@ func TestWaitEndsWhenTheAgentPublishes(t *testing.T) {
 
 func pendingKey(namespace, name, uid string) bpf.PendingKey {
 	return datapath.PendingKeyOf(namespace, name, uid)
+}
+
+// What the agent publishes while ADD registers the pod has an effect before ADD returns.
+func TestPolicyPublishedDuringAdd(t *testing.T) {
+	n, pod := newNode(t), netnstest.New(t)
+	n.plane.publish("", "", "", restricted)
+	n.plane.onPut = func(put int) {
+		if put == 0 {
+			n.plane.publish("shop", "web-0", "1f0c", publishedPod)
+		}
+	}
+	r := n.mustAdd(cmdArgs("c1", pod.Path(), n.conf(familyRanges["dual stack"])))
+	for _, a := range resultAddresses(r) {
+		if e, _, _ := n.plane.LookupEndpoint(a); e.Identity != 77 || e.PolicyId != [2]uint32{20, 21} || e.Flags != 0 {
+			t.Errorf("endpoint %s = %+v, want identity 77 and policy 20, 21", a, e)
+		}
+	}
+	if rec, err := endpoint.NewStore(n.run).Load("c1", "eth0"); err != nil || rec.Policy != startPublished {
+		t.Errorf("record = %+v, %v, want policy %s", rec, err, startPublished)
+	}
+}
+
+// An entry that the agent has changed since it was written is the agent's: ADD must not put its older view back.
+func TestAgentsEntryIsNotOverwritten(t *testing.T) {
+	n, pod := newNode(t), netnstest.New(t)
+	n.plane.publish("", "", "", restricted)
+	var changed bool
+	n.plane.onPending = func(int) {
+		n.plane.mu.Lock()
+		defer n.plane.mu.Unlock()
+		for a, e := range n.plane.entries {
+			if !changed {
+				e.Identity, e.PolicyId, e.Flags = 99, [2]uint32{40, 41}, 0
+				n.plane.entries[a] = e
+				n.plane.pending[pendingKey("shop", "web-0", "1f0c")] = publishedPod
+				changed = true
+			}
+		}
+	}
+	r := n.mustAdd(cmdArgs("c1", pod.Path(), n.conf([]string{range4})))
+	if e, _, _ := n.plane.LookupEndpoint(resultAddresses(r)[0]); e.Identity != 99 {
+		t.Errorf("endpoint = %+v, want the agent's identity 99", e)
+	}
+}
+
+func TestNodeOnlyStartIsMarkedPending(t *testing.T) {
+	n, pod := newNode(t), netnstest.New(t)
+	n.plane.publish("shop", "", "", restricted)
+	r := n.mustAdd(cmdArgs("c1", pod.Path(), n.conf(familyRanges["dual stack"])))
+	for _, a := range resultAddresses(r) {
+		e, _, _ := n.plane.LookupEndpoint(a)
+		if e.PolicyId != [2]uint32{bpf.PolicyNodeOnly, bpf.PolicyNodeOnly} || e.Flags != bpf.EndpointPending {
+			t.Errorf("endpoint %s = %+v, want node-only and pending", a, e)
+		}
+	}
 }
