@@ -41,6 +41,33 @@ static __always_inline int handle_flow(struct __sk_buff *skb, struct pkt *p)
 	return forward(skb, p, f);
 }
 
+/* An ICMP error is sent under its own address, which says nothing of the flow: the source check once more. */
+static __always_inline int check_error_source(struct __sk_buff *skb, const struct pkt *p)
+{
+	struct endpoint *sender;
+	struct iphdr *ip4;
+	struct ipv6hdr *ip6;
+	struct addr src;
+
+	if (p->l3_proto == ETH_P_IP) {
+		ip4 = pkt_at(skb, L3_OFF, sizeof(*ip4));
+		if (!ip4)
+			return -DROP_TRUNCATED;
+		addr_set_v4(&src, ip4->saddr);
+	} else {
+		ip6 = pkt_at(skb, L3_OFF, sizeof(*ip6));
+		if (!ip6)
+			return -DROP_TRUNCATED;
+		addr_set_v6(&src, ip6->saddr);
+	}
+	sender = endpoint_of(&src);
+	if (p->hook == HOOK_FROM_POD)
+		return sender && sender->ifindex == skb->ifindex ? 0 : -DROP_SPOOFED_ADDRESS;
+	if (p->hook == HOOK_FROM_NETDEV && (sender || (node_addr_flags_of(&src) & NODE_ADDR_LOCAL)))
+		return -DROP_SOURCE_IS_LOCAL;
+	return 0;
+}
+
 /*
  * An ICMP error belongs to the flow whose packet it quotes and takes the way of that flow's other direction. Errors about
  * translated flows are not translated yet: they are dropped by name.
@@ -49,11 +76,15 @@ static __always_inline int handle_icmp_error(struct __sk_buff *skb, struct pkt *
 {
 	struct flow_key quoted = p->key;
 	struct flow *f;
+	int ret;
 
 	key_reverse(&p->key, &quoted);
 	f = bpf_map_lookup_elem(&flows, &p->key);
 	if (!f || !flow_is_current(f) || !flow_sender_matches(skb, p, f))
 		return p->hook == HOOK_FROM_NETDEV ? TC_ACT_OK : -DROP_NO_FLOW;
+	ret = check_error_source(skb, p);
+	if (ret)
+		return ret;
 	if (f->flags & FLOW_DENIED)
 		return denied(p, f);
 	if (f->flags & FLOW_NAT)

@@ -112,9 +112,11 @@ __noinline int answer_nd(struct __sk_buff *skb, struct pkt *p)
 	e = own_endpoint(skb, &p->key.src, eth->h_source);
 	if (!e)
 		return -DROP_INVALID_ND;
-	if (nd->type == ICMPV6_ND_ADVERT || (e->flags & ENDPOINT_ADOPTED))
-		return TC_ACT_OK;
 	addr_set_v6(&target, nd->target);
+	if (nd->type == ICMPV6_ND_ADVERT)
+		return own_endpoint(skb, &target, eth->h_source) ? TC_ACT_OK : -DROP_INVALID_ND;
+	if (e->flags & ENDPOINT_ADOPTED)
+		return TC_ACT_OK;
 	/* With extension headers in front it is not what a stack sends (RFC 6980 asks for none). */
 	if (nd->type != ICMPV6_ND_SOLICIT || addr_equal(&target, &p->key.src) || p->l4_off != L3_OFF + sizeof(struct ipv6hdr))
 		return -DROP_INVALID_ND;

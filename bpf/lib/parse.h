@@ -59,10 +59,12 @@ __noinline int parse_icmp_error(struct __sk_buff *skb, struct pkt *p)
 {
 	struct iphdr *ip4;
 	struct ipv6hdr *ip6;
+	struct addr receiver;
 	__u32 off;
 
 	if (!p)
 		return -DROP_TRUNCATED;
+	receiver = p->key.dst;
 	off = p->l4_off + sizeof(struct icmphdr);
 	if (p->l3_proto == ETH_P_IP) {
 		ip4 = pkt_at(skb, off, sizeof(*ip4));
@@ -84,6 +86,9 @@ __noinline int parse_icmp_error(struct __sk_buff *skb, struct pkt *p)
 		off += sizeof(*ip6);
 	}
 	p->kind = PKT_ICMP_ERROR;
+	/* Else it would travel with a flow that its receiver has no part in. */
+	if (!addr_equal(&p->key.src, &receiver))
+		return -DROP_NO_FLOW;
 	return parse_ports(skb, off, &p->key);
 }
 

@@ -3,9 +3,10 @@
 package program
 
 import (
-	"encoding/binary"
+	"flag"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
@@ -13,6 +14,17 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
 )
+
+// TestMain lets more tests run at a time than there are processors: making a node is mostly waiting for the kernel.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
+		if err := f.Value.Set("8"); err != nil {
+			panic(err)
+		}
+	}
+	os.Exit(m.Run())
+}
 
 const (
 	sport    = 4000  // clients'
@@ -176,6 +188,3 @@ func must(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
-
-// total is the length that a frame's IP header tells.
-func total(frame []byte) int { return int(binary.BigEndian.Uint16(frame[pkt.L3+2:])) }
