@@ -4,5 +4,5 @@
 // attach them, against the same programs as tcx links. It has benchmarks only, and needs root. The figures of that note come from
 //
 //	go test -run '^$' -bench Attach -benchtime 20x ./test/bench/attach
-//	go test -run '^$' -bench Packet -benchtime 24x ./test/bench/attach
+//	go test -run '^$' -bench Packet -benchtime 40x ./test/bench/attach
 package attach
