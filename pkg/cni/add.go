@@ -81,8 +81,8 @@ func (p *Plugin) Add(ctx context.Context, args *skel.CmdArgs) (err error) {
 		{"make interface", a.makeInterface},
 		{"attach programs", a.attachPrograms},
 		{"register endpoint", a.registerEndpoint},
-		{"configure pod", a.configurePod},
 		{"configure host", a.configureHost},
+		{"configure pod", a.configurePod},
 		{"print result", a.printResult},
 	}
 	if at.conf.PrevResult != nil {
@@ -207,10 +207,11 @@ func (a *addition) clearLeftovers(context.Context) error {
 	return r.removeRecord()
 }
 
-// complete says whether an earlier ADD came to its end: the routes of the host's end are the last thing that it makes.
+// complete says whether an earlier ADD came to its end: the pod's own configuration is the last thing that it makes.
 func (a *addition) complete(r *endpoint.Record, podIf, hostIf link.Device) bool {
 	return podIf.Up && hostIf.Up && r.HostIfindex == hostIf.Index &&
-		a.hostLink.VerifyHost(link.Host{Index: hostIf.Index, PodMAC: podIf.MAC, Addresses: r.Addresses}) == nil
+		a.hostLink.VerifyHost(link.Host{Index: hostIf.Index, PodMAC: podIf.MAC, Addresses: r.Addresses}) == nil &&
+		a.podLink.VerifyPod(link.Pod{Index: podIf.Index, GatewayMAC: hostIf.MAC, Addresses: r.Addresses}) == nil
 }
 
 func (a *addition) readPolicy(ctx context.Context) (err error) {
@@ -219,13 +220,16 @@ func (a *addition) readPolicy(ctx context.Context) (err error) {
 }
 
 func (a *addition) allocateAddresses(ctx context.Context) (err error) {
-	a.rollback.add("release addresses", func() error {
-		ctx, cancel := cleanupContext(ctx)
-		defer cancel()
-		return a.release(ctx)
-	})
-	if a.ipam, err = a.allocate(ctx); err != nil {
+	var repeated bool
+	if a.ipam, repeated, err = a.allocate(ctx); err != nil {
 		return err
+	}
+	if !repeated { // else the lease is older than this ADD, and outlives its failure
+		a.rollback.add("release addresses", func() error {
+			ctx, cancel := cleanupContext(ctx)
+			defer cancel()
+			return a.release(ctx)
+		})
 	}
 	if a.record.Addresses, a.routes, err = podConfig(a.ipam); err != nil {
 		return err
@@ -308,9 +312,14 @@ func (a *addition) attachPrograms(context.Context) error {
 	return nil
 }
 
+// configurePod comes after configureHost: the end that goes up second has its carrier at once, and the pod must be able to send as soon as
+// ADD returns. The host's end needs the kernel's link watcher first.
 func (a *addition) configurePod(context.Context) error {
 	if err := a.podLink.ConfigurePod(a.podConfiguration()); err != nil {
 		return fail(codeDevice, err, "configure interface %s in the pod", a.podIf.Name)
+	}
+	if err := link.SyncCarrier(a.hostIf.Name); err != nil {
+		return fail(codeDevice, err, "bring host device %s into service", a.hostIf.Name)
 	}
 	return nil
 }
@@ -328,9 +337,6 @@ func (a *addition) configureHost(context.Context) error {
 	h := link.Host{Index: a.hostIf.Index, PodMAC: a.podIf.MAC, Addresses: a.record.Addresses}
 	if err := a.hostLink.ConfigureHost(h); err != nil {
 		return fail(codeDevice, err, "configure host device %s", a.hostIf.Name)
-	}
-	if err := link.SyncCarrier(a.hostIf.Name); err != nil {
-		return fail(codeDevice, err, "bring host device %s into service", a.hostIf.Name)
 	}
 	return nil
 }

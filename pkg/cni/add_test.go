@@ -120,7 +120,7 @@ func checkReachable(t *testing.T, n *node, pod *netnstest.NS, addresses []netip.
 }
 
 var ownSteps = []string{"open namespaces", "ensure datapath", "clear leftovers", "read policy", "allocate addresses", "make interface",
-	"attach programs", "register endpoint", "configure pod", "configure host", "print result"}
+	"attach programs", "register endpoint", "configure host", "configure pod", "print result"}
 
 var errInjected = errors.New("injected")
 
@@ -211,7 +211,7 @@ func (n *node) kill(step string, args *skel.CmdArgs) {
 
 func TestKilledAddIsRepaired(t *testing.T) {
 	forFamilies(t, func(t *testing.T, ranges []string) {
-		for _, step := range ownSteps[:len(ownSteps)-2] { // after "configure host" everything is there: ADD is complete
+		for _, step := range ownSteps[:len(ownSteps)-2] { // after "configure pod" everything is there: ADD is complete
 			t.Run(step, func(t *testing.T) {
 				n, pod := newNode(t), netnstest.New(t)
 				before := n.state()

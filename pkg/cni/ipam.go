@@ -28,22 +28,23 @@ func (at *attachment) ipamConfig() (*ipam.Config, ipam.Attachment, error) {
 	}, err
 }
 
-// allocate gets the pod's addresses. A failed plugin is told to release what it may have taken.
-func (at *attachment) allocate(ctx context.Context) (r *types100.Result, err error) {
+// allocate gets the pod's addresses. A failed plugin is told to release what it may have taken; our own has taken nothing then. repeated
+// says that the pod held the addresses before.
+func (at *attachment) allocate(ctx context.Context) (r *types100.Result, repeated bool, err error) {
 	if at.ownIPAM() {
 		c, who, err := at.ipamConfig()
 		if err != nil {
-			return nil, at.ipamError(err, "ADD")
+			return nil, false, at.ipamError(err, "ADD")
 		}
 		given, err := ipam.Add(ctx, c, who)
 		if err != nil {
-			return nil, at.ipamError(err, "ADD")
+			return nil, false, at.ipamError(err, "ADD")
 		}
-		return given.Result(), nil
+		return given.Result(), given.Repeated, nil
 	}
 	path, err := at.delegatePath()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	out, err := delegate(ctx, path, "ADD", at.args)
 	if err == nil {
@@ -52,9 +53,9 @@ func (at *attachment) allocate(ctx context.Context) (r *types100.Result, err err
 	if err != nil {
 		ctx, cancel := cleanupContext(ctx)
 		defer cancel()
-		return nil, at.ipamError(errors.Join(err, at.release(ctx)), "ADD")
+		return nil, false, at.ipamError(errors.Join(err, at.release(ctx)), "ADD")
 	}
-	return r, nil
+	return r, false, nil
 }
 
 // release gives the pod's addresses back. Nothing to give back is success.

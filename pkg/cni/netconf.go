@@ -256,7 +256,7 @@ func (c *NetConf) policyWait() time.Duration {
 
 func (c *NetConf) datapath() datapath.Config {
 	d := datapath.DefaultConfig()
-	d.BPFFS, d.Run = c.BPFFS, c.RunDir
+	d.BPFFS, d.Run, d.ForPods = c.BPFFS, c.RunDir, true
 	return d
 }
 

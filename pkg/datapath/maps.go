@@ -18,7 +18,7 @@ import (
 // mapVersion is the N of <name>_v<N>: raised when a map's key or value changes its layout, with a migration.
 var mapVersion = map[string]int{}
 
-// Maps are the pinned maps of bpf/maps.h, which says who writes what.
+// Maps are the pinned maps of bpf/maps.h, which says who writes what. With Config.ForPods all but three are nil.
 type Maps struct {
 	Flows           *ebpf.Map
 	Endpoints       *ebpf.Map
@@ -36,6 +36,9 @@ type Maps struct {
 	Events          *ebpf.Map
 }
 
+// podMaps are those that Config.ForPods opens.
+var podMaps = map[string]bool{"endpoints": true, "endpoint_epochs": true, "pending": true}
+
 // fields pairs each field with the map's name in bpf/maps.h.
 func (m *Maps) fields() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
@@ -48,6 +51,9 @@ func (m *Maps) fields() map[string]**ebpf.Map {
 
 func (m *Maps) open(cfg Config) error {
 	for name, field := range m.fields() {
+		if cfg.ForPods && !podMaps[name] {
+			continue
+		}
 		pinned, err := ebpf.LoadPinnedMap(MapPath(cfg, name), nil)
 		if err != nil {
 			return fmt.Errorf("open map %s: %w", name, err)

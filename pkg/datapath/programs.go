@@ -13,7 +13,10 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-var programNames = []string{bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgSweepFlows}
+var (
+	programNames = []string{bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgSweepFlows}
+	podPrograms  = []string{bpf.ProgFromPod, bpf.ProgToPod}
+)
 
 // ensurePrograms verifies, loads and pins this build's programs over the given maps. They appear under their directory's final name all
 // at once; what a crash left under the temporary name is removed first.
