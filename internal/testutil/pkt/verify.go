@@ -22,22 +22,27 @@ func VerifyChecksums(frame []byte) error {
 	l3 := frame[L3:]
 	switch layers.EthernetType(binary.BigEndian.Uint16(frame[12:])) {
 	case layers.EthernetTypeIPv4:
-		if len(l3) < 20 || len(l3) < int(binary.BigEndian.Uint16(l3[2:])) {
-			return errors.New("IPv4: total length does not fit the frame")
+		if len(l3) < 20 {
+			return errors.New("IPv4: no whole header")
 		}
-		header := int(l3[0]&0xf) * 4
+		header, total := int(l3[0]&0xf)*4, int(binary.BigEndian.Uint16(l3[2:]))
+		if header < 20 || total < header || len(l3) < total {
+			return errors.New("IPv4: header and total length do not fit the frame")
+		}
 		if sum(0, l3[:header]) != 0xffff {
 			return fmt.Errorf("IPv4: header checksum %#04x is wrong", binary.BigEndian.Uint16(l3[10:]))
 		}
-		l4 := l3[header:binary.BigEndian.Uint16(l3[2:])]
-		return verifyL4(l3[9], l3[12:20], l4)
+		return verifyL4(l3[9], l3[12:20], l3[header:total])
 	case layers.EthernetTypeIPv6:
 		if len(l3) < 40 || len(l3) < 40+int(binary.BigEndian.Uint16(l3[4:])) {
 			return errors.New("IPv6: payload length does not fit the frame")
 		}
 		proto, l4 := l3[6], l3[40:40+int(binary.BigEndian.Uint16(l3[4:]))]
-		if proto == 0 {
-			proto, l4 = l4[0], l4[8:] // one hop-by-hop header of eight bytes
+		for proto == 0 || proto == 60 { // hop-by-hop and destination options
+			if len(l4) < 8 || len(l4) < int(l4[1])*8+8 {
+				return errors.New("IPv6: extension header does not fit the packet")
+			}
+			proto, l4 = l4[0], l4[int(l4[1])*8+8:]
 		}
 		return verifyL4(proto, l3[8:40], l4)
 	}
@@ -45,6 +50,9 @@ func VerifyChecksums(frame []byte) error {
 }
 
 func verifyL4(proto uint8, addrs, l4 []byte) error {
+	if len(l4) < 8 {
+		return fmt.Errorf("%s: no whole header", layers.IPProtocol(proto))
+	}
 	pseudo := sum(uint32(proto)+uint32(len(l4)), addrs)
 	switch layers.IPProtocol(proto) {
 	case layers.IPProtocolUDP:
