@@ -46,8 +46,17 @@ func TestMain(m *testing.M) {
 	os.Exit(status)
 }
 
-// binaries builds the plugin and the reference plugins, the latter from their own module (our go.mod does not need what they need), and
-// returns their directory.
+// referencePlugins are tools of go.mod, which pins their version.
+var referencePlugins = []string{
+	"github.com/containernetworking/plugins/plugins/main/bridge",
+	"github.com/containernetworking/plugins/plugins/main/ptp",
+	"github.com/containernetworking/plugins/plugins/ipam/host-local",
+	"github.com/containernetworking/plugins/plugins/meta/portmap",
+	"github.com/containernetworking/plugins/plugins/meta/bandwidth",
+	"github.com/containernetworking/plugins/plugins/meta/tuning",
+}
+
+// binaries builds the plugin and the reference plugins, and returns their directory.
 func binaries(t *testing.T, reference bool) string {
 	t.Helper()
 	privileged.Require(t)
@@ -56,13 +65,7 @@ func binaries(t *testing.T, reference bool) string {
 			return
 		}
 		build.margay = goCommand("build", "-o", filepath.Join(build.dir, "margay"), "github.com/margay-cni/margay/plugin")
-		module, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/containernetworking/plugins").Output()
-		if err != nil {
-			build.reference = err
-			return
-		}
-		build.reference = goCommand("build", "-C", strings.TrimSpace(string(module)), "-o", build.dir+"/", "./plugins/main/bridge",
-			"./plugins/main/ptp", "./plugins/ipam/host-local", "./plugins/meta/portmap", "./plugins/meta/bandwidth", "./plugins/meta/tuning")
+		build.reference = goCommand(append([]string{"build", "-o", build.dir + "/"}, referencePlugins...)...)
 	})
 	if build.margay != nil {
 		t.Fatal(build.margay)
