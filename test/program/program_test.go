@@ -53,8 +53,8 @@ func of(pair []netip.Addr, v6 bool) netip.Addr {
 
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
 
-// families runs f for IPv4 and IPv6, each with packets as virtual devices and as NICs deliver them (CHECKSUM_NONE, CHECKSUM_COMPLETE).
-// Every run starts without flows.
+// families runs f for IPv4 and IPv6, each with packets as virtual devices and, where the kernel can, as NICs deliver them (CHECKSUM_NONE,
+// CHECKSUM_COMPLETE). Every run starts without flows.
 func families(t *testing.T, f *progtest.Fixture, test func(t *testing.T, v6 bool)) {
 	for _, v6 := range []bool{false, true} {
 		for _, complete := range []bool{false, true} {
@@ -62,7 +62,7 @@ func families(t *testing.T, f *progtest.Fixture, test func(t *testing.T, v6 bool
 			t.Run(name, func(t *testing.T) {
 				f.Flags = 0
 				if complete {
-					f.Flags = progtest.ChecksumComplete
+					f.RequireChecksumComplete(t)
 				}
 				f.ClearFlows(t)
 				test(t, v6)

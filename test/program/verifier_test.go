@@ -54,6 +54,9 @@ func TestVerifier(t *testing.T) {
 	if *update {
 		must(t, os.WriteFile(budgetFile, formatBudget(t, got), 0o644))
 	}
+	if _, err := os.Stat("../../go.mod"); err != nil {
+		t.Skip("all loaded; outside the repository there is no budget to compare with")
+	}
 	want, kernel := readBudget(t)
 	if !strings.HasPrefix(release(t), kernel+".") {
 		// Each verifier walks its own ways.

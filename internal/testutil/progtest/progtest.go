@@ -85,6 +85,15 @@ func newMap(t testing.TB, name string) *ebpf.Map {
 	return m
 }
 
+// RequireChecksumComplete makes every further run one with ChecksumComplete, or skips the test where the kernel does not know it.
+func (f *Fixture) RequireChecksumComplete(t testing.TB) {
+	t.Helper()
+	f.Flags = ChecksumComplete
+	if _, err := f.TryRun(t, f.FromNetdev(), pkt.ARPRequest(f.A.MAC, f.A.Addr(false), f.B.Addr(false))); err != nil {
+		t.Skipf("BPF_F_TEST_SKB_CHECKSUM_COMPLETE (kernel 6.17): %v", err)
+	}
+}
+
 // Hook is a program on a device.
 type Hook struct {
 	Program string
