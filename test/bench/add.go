@@ -47,7 +47,7 @@ func benchAdd(ctx context.Context, b *bench) error {
 type contestant struct {
 	*plugin
 	ns       string
-	add, del []float64 // milliseconds
+	add, del [2][]float64 // milliseconds: wall, CPU
 }
 
 // cycle adds a pod and removes it again.
@@ -57,8 +57,13 @@ func (c *contestant) cycle(ctx context.Context, id string) error {
 		return err
 	}
 	del, _, err := c.run(ctx, "DEL", id, c.ns)
-	c.add, c.del = append(c.add, milliseconds(add)), append(c.del, milliseconds(del))
+	note(&c.add, add)
+	note(&c.del, del)
 	return err
+}
+
+func note(to *[2][]float64, c cost) {
+	to[0], to[1] = append(to[0], milliseconds(c.wall)), append(to[1], milliseconds(c.cpu))
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
@@ -75,7 +80,8 @@ func (b *bench) oneByOne(ctx context.Context, name string, subnets []string, rou
 	theirs := &contestant{plugin: b.node.ptp(network+"-ptp", subnets...), ns: ns[1]}
 	for i := range rounds + 1 {
 		if i == 1 { // the first round, with its cold caches, does not count
-			ours.add, ours.del, theirs.add, theirs.del = nil, nil, nil, nil
+			ours.add, ours.del = [2][]float64{}, [2][]float64{}
+			theirs.add, theirs.del = [2][]float64{}, [2][]float64{}
 		}
 		order := []*contestant{ours, theirs}
 		if i%2 == 1 {
@@ -87,24 +93,24 @@ func (b *bench) oneByOne(ctx context.Context, name string, subnets []string, rou
 			}
 		}
 	}
-	for _, command := range []struct {
-		name         string
-		ours, theirs []float64
-		target, p99  float64
-	}{
-		{"ADD", ours.add, theirs.add, addTarget, addP99Target},
-		{"DEL", ours.del, theirs.del, delTarget, delTarget},
-	} {
-		id := strings.ToLower(command.name) + "." + idOf(name)
-		p50 := &measurement{ID: id + ".p50", Section: addSection, Name: fmt.Sprintf("%s, %s, p50", command.name, name), Unit: "ms",
-			Reference: ptpName, Target: command.target, ours: command.ours, theirs: command.theirs}
-		p99 := &measurement{ID: id + ".p99", Section: addSection, Name: fmt.Sprintf("%s, %s, p99", command.name, name), Unit: "ms",
-			Reference: ptpName, Target: command.p99}
-		p99.add(percentile(command.ours, 99), percentile(command.theirs, 99))
-		b.report.add(p50)
-		b.report.add(p99)
-	}
+	b.commandResults("ADD", name, ours.add, theirs.add, addTarget, addP99Target)
+	b.commandResults("DEL", name, ours.del, theirs.del, delTarget, delTarget)
 	return nil
+}
+
+// commandResults reports one command's figures.
+func (b *bench) commandResults(command, name string, ours, theirs [2][]float64, target, p99Target float64) {
+	begin := func(what string, target float64) *measurement {
+		m := &measurement{ID: strings.ToLower(command) + "." + idOf(name) + "." + what, Section: addSection,
+			Name: fmt.Sprintf("%s, %s, %s", command, name, what), Unit: "ms", Reference: ptpName, Target: target}
+		b.report.add(m)
+		return m
+	}
+	p50 := begin("p50", target)
+	p50.ours, p50.theirs = ours[0], theirs[0]
+	begin("p99", p99Target).add(percentile(ours[0], 99), percentile(theirs[0], 99))
+	cpu := begin("CPU", 0)
+	cpu.ours, cpu.theirs = ours[1], theirs[1]
 }
 
 // inParallel adds so many pods at once, and removes them at once.
@@ -145,7 +151,11 @@ func (p *plugin) atOnce(ctx context.Context, command string, ns []string) (all, 
 	took, errs := make([]time.Duration, len(ns)), make([]error, len(ns))
 	start := time.Now()
 	for i := range ns {
-		wg.Go(func() { took[i], _, errs[i] = p.run(ctx, command, fmt.Sprintf("parallel-%d", i), ns[i]) })
+		wg.Go(func() {
+			var c cost
+			c, _, errs[i] = p.run(ctx, command, fmt.Sprintf("parallel-%d", i), ns[i])
+			took[i] = c.wall
+		})
 	}
 	wg.Wait()
 	all = milliseconds(time.Since(start))
@@ -186,9 +196,9 @@ func (b *bench) whereAddGoes(ctx context.Context, subnets []string, rounds int) 
 		if err != nil {
 			return err
 		}
-		spans.add("process: start, runtime, configuration, exit", whole-inside)
-		spans.add("whole", whole)
-		spans.add("for comparison: a process that answers VERSION", start)
+		spans.add("process: start, runtime, configuration, exit", whole.wall-inside)
+		spans.add("whole", whole.wall)
+		spans.add("for comparison: a process that answers VERSION", start.wall)
 		if _, _, err := quiet.run(ctx, "DEL", id, ns); err != nil {
 			return err
 		}

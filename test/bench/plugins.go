@@ -24,8 +24,13 @@ type plugin struct {
 	conf []byte
 }
 
-// run executes a command and returns how long the process took, from before its start to after its end, and what it printed.
-func (p *plugin) run(ctx context.Context, command, id, ns string) (time.Duration, []byte, error) {
+// cost is what a process took: from before its start to after its end, and of all CPUs, its children's part included.
+type cost struct {
+	wall, cpu time.Duration
+}
+
+// run executes a command and returns what it cost and what it printed.
+func (p *plugin) run(ctx context.Context, command, id, ns string) (cost, []byte, error) {
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(ctx, p.path)
 	cmd.Env = []string{
@@ -35,7 +40,10 @@ func (p *plugin) run(ctx context.Context, command, id, ns string) (time.Duration
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(p.conf), &out, &errOut
 	start := time.Now()
 	err := cmd.Run()
-	took := time.Since(start)
+	took := cost{wall: time.Since(start)}
+	if cmd.ProcessState != nil {
+		took.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	}
 	if err != nil {
 		return took, nil, fmt.Errorf("%s %s %s: %w: %s%s", filepath.Base(p.path), command, id, err, out.Bytes(), errOut.Bytes())
 	}

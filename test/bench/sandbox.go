@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -16,8 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The reference plugins, relative to their module.
-var referencePlugins = []string{"./plugins/main/ptp", "./plugins/ipam/host-local"}
+// The reference plugins, and their module.
+const referenceModule = "github.com/containernetworking/plugins"
+
+var referencePlugins = []string{referenceModule + "/plugins/main/ptp", referenceModule + "/plugins/ipam/host-local"}
 
 // versionFile says, beside the binaries, which version the reference plugins have.
 const versionFile = "reference-version"
@@ -42,23 +45,21 @@ func enter(ctx context.Context, args []string, stdout, stderr io.Writer) (err er
 
 // build puts margay and the reference plugins into dir, all with the flags of a release.
 func build(ctx context.Context, dir string) error {
-	if err := goBuild(ctx, ".", filepath.Join(dir, "margay"), "./plugin"); err != nil {
+	if err := goBuild(ctx, filepath.Join(dir, "margay"), "./plugin"); err != nil {
 		return err
 	}
-	list := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Version}} {{.Dir}}", "github.com/containernetworking/plugins")
-	out, err := list.Output()
+	version, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Version}}", referenceModule).Output()
 	if err != nil {
 		return fmt.Errorf("find the reference plugins: %w", err)
 	}
-	version, module, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
-	if err := os.WriteFile(filepath.Join(dir, versionFile), []byte(version), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, versionFile), bytes.TrimSpace(version), 0o644); err != nil {
 		return err
 	}
-	return goBuild(ctx, module, dir+"/", referencePlugins...)
+	return goBuild(ctx, dir+"/", referencePlugins...)
 }
 
-func goBuild(ctx context.Context, dir, out string, packages ...string) error {
-	args := append([]string{"build", "-C", dir, "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, packages...)
+func goBuild(ctx context.Context, out string, packages ...string) error {
+	args := append([]string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", out}, packages...)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 	if text, err := cmd.CombinedOutput(); err != nil {
