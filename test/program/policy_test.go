@@ -111,6 +111,12 @@ func TestPolicyChangeOnOpenFlow(t *testing.T) {
 			dropped(t, f, "denied", progtest.FromPod(f.A), request, "policy")
 			dropped(t, f, "denied, answer", progtest.FromPod(f.B), data(back), "policy")
 			dropped(t, f, "denied, again", progtest.FromPod(f.A), request, "policy")
+			for _, k := range []bpf.FlowKey{key(open), key(back)} {
+				const denied = bpf.FlowDenied | bpf.FlowDeniedIngress | bpf.FlowNAT
+				if got, _ := f.Flow(t, k); got.Flags&denied != denied {
+					t.Errorf("denied flow's flags = %v, want denied by ingress policy, and still translated", bpf.FlowFlagNames(got.Flags))
+				}
+			}
 
 			// Whoever would be chosen now, the connection stays with its backend.
 			service(f, 5000, at(of(vips, v6), vipPort), at(f.A.Addr(v6), podPort))

@@ -28,7 +28,7 @@ const budgetHeader = `# What each program may cost: its instructions, and those 
 var update = flag.Bool("update", false, "rewrite "+budgetFile)
 
 // switches are the boolean constants of bpf/config.h.
-var switches = []string{"cfg_verdict_events", "cfg_drop_events"}
+var switches = []string{"cfg_drop_events"}
 
 // cost is what one program takes, the most over all combinations of switches.
 type cost struct{ instructions, verified int }
