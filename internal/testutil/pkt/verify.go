@@ -56,8 +56,11 @@ func verifyL4(proto uint8, addrs, l4 []byte) error {
 	pseudo := sum(uint32(proto)+uint32(len(l4)), addrs)
 	switch layers.IPProtocol(proto) {
 	case layers.IPProtocolUDP:
-		if len(addrs) == 8 && binary.BigEndian.Uint16(l4[6:]) == 0 {
-			return nil
+		if binary.BigEndian.Uint16(l4[6:]) == 0 {
+			if len(addrs) == 8 {
+				return nil
+			}
+			return errors.New("UDP: no checksum, which IPv6 does not allow")
 		}
 	case layers.IPProtocolICMPv4:
 		pseudo = 0
