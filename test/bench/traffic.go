@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -115,7 +116,9 @@ func (b *bench) contest(ctx context.Context, c contest) error {
 		return &measurement{ID: id, Section: trafficSection, Name: name, Unit: unit, Reference: c.theirs.name, Target: target, Higher: higher}
 	}
 	rate := section(c.id, c.name, unit, c.target, true)
-	p50, p99 := section(c.id+".p50", c.name+", p50", "µs", 0, false), section(c.id+".p99", c.name+", p99", "µs", 0, false)
+	// Other work on the CPU lowers the rate of both, at random; of the transactions' own time the p50 shows it least.
+	p50 := section(c.id+".p50", c.name+", p50", "µs", math.Round(100/c.target)/100, false)
+	p99 := section(c.id+".p99", c.name+", p99", "µs", 0, false)
 	for i := range b.rounds(12, 1) {
 		var got [2]outcome
 		for turn := range 2 {
