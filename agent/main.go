@@ -42,6 +42,7 @@ type options struct {
 	level     slog.Level
 	resync    time.Duration
 	datapath  datapath.Config
+	verdicts  bool
 	version   bool
 }
 
@@ -59,6 +60,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.devices, "devices", "", "comma-separated name patterns of the node's network devices (default: those with a global address or the default route)")
 	f.DurationVar(&o.resync, "resync", 10*time.Second, "how often everything is compared with the kernel")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	f.BoolVar(&o.verdicts, "verdict-events", false, "have an event written for every new flow that policy lets pass (margayctl drops --follow --verdicts)")
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
 	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
 		name, entries, ok := strings.Cut(s, "=")
@@ -115,6 +117,9 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		return fmt.Errorf("prepare the datapath: %w", err)
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := d.SetVerdictEvents(o.verdicts); err != nil {
+		return err
+	}
 	var devices []string
 	if o.devices != "" {
 		devices = strings.Split(o.devices, ",")

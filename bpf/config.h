@@ -5,9 +5,6 @@
 
 #include "headers/kernel.h"
 
-/* Write an event for every new flow that policy judged, not only for drops. */
-const volatile __u8 cfg_verdict_events = 0;
-
 /* Write events for drops. Counters are always written. */
 const volatile __u8 cfg_drop_events = 1;
 

@@ -285,7 +285,12 @@ struct counter {
 /* Written by the agent when something that flows depend on changes. One entry. */
 struct node_state {
 	__u32 route_epoch;
-	__u32 reserved[3];
+	__u32 flags; /* enum node_flags */
+	__u32 reserved[2];
+};
+
+enum node_flags {
+	NODE_VERDICT_EVENTS = 1, /* write an event for every new flow that policy let pass */
 };
 
 /* Slots of endpoint_epochs: a power of two, so that the index is a mask. */
@@ -317,7 +322,7 @@ struct new_flow {
 
 enum event_type {
 	EVENT_DROP = 1,
-	EVENT_VERDICT = 2, /* a new flow was judged (only with cfg_verdict_events) */
+	EVENT_VERDICT = 2, /* a new flow was let pass (only with NODE_VERDICT_EVENTS) */
 };
 
 struct event {

@@ -15,13 +15,9 @@ type attachments interface {
 	NetdevAttached(ifindex int) error
 }
 
-// openDatapath opens this build's programs, with or without verdict events: whoever loaded them decided that.
+// openDatapath opens this build's programs.
 func openDatapath(cfg datapath.Config) (*datapath.Datapath, error) {
 	d, err := datapath.Open(cfg)
-	if errors.Is(err, datapath.ErrNotLoaded) {
-		cfg.VerdictEvents = true
-		d, err = datapath.Open(cfg)
-	}
 	if errors.Is(err, datapath.ErrNotLoaded) {
 		return nil, fmt.Errorf("the pinned programs are not those of this margayctl's build (%w): whether devices carry them is not known", err)
 	}

@@ -390,7 +390,13 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	p->rule_id = nf->rule_id;
 	if (ret) {
 		p->direction = nf->direction;
-		return deny(skb, nf, ret);
+		ret = deny(skb, nf, ret);
+		/* The event shows what policy judged: the tuple after translation. */
+		if (nf->reply)
+			key_reverse(&p->key, &nf->fwd);
+		else
+			p->key = nf->post;
+		return ret;
 	}
 	ret = choose_forward(skb, nf);
 	if (ret)
@@ -399,7 +405,7 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	ret = store_flow(nf);
 	if (ret)
 		return ret;
-	if (cfg_verdict_events && !nf->known)
+	if (!nf->known && (node_flags() & NODE_VERDICT_EVENTS))
 		emit(skb, p, EVENT_VERDICT, DROP_NONE);
 	return forward(skb, p, &nf->entry);
 }

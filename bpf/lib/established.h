@@ -21,8 +21,10 @@ static __always_inline int flow_sender_matches(struct __sk_buff *skb, const stru
 	return eth && f->in_ifindex == skb->ifindex && mac_equal(eth->h_source, f->in_mac);
 }
 
+/* The event shows what policy judged: the tuple after translation. */
 static __always_inline int denied(struct pkt *p, const struct flow *f)
 {
+	p->key = f->xlate;
 	p->rule_id = f->rule_id;
 	p->direction = f->flags & FLOW_DENIED_INGRESS ? INGRESS : EGRESS;
 	return -DROP_POLICY;

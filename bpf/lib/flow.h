@@ -41,6 +41,14 @@ static __always_inline __u32 route_epoch(void)
 	return s ? s->route_epoch : 0;
 }
 
+static __always_inline __u32 node_flags(void)
+{
+	__u32 zero = 0;
+	struct node_state *s = bpf_map_lookup_elem(&node_state, &zero);
+
+	return s ? s->flags : 0;
+}
+
 /*
  * Slot of endpoint_epochs for where the entry's packets go. Slot 0 stands for everything that is no pod of this node: it is raised
  * when a pod gets an address, because flows may have been under way to that address before.

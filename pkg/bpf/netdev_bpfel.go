@@ -16,26 +16,25 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	netdevMapBackends         = "backends"
-	netdevMapCounters         = "counters"
-	netdevMapEndpointEpochs   = "endpoint_epochs"
-	netdevMapEndpoints        = "endpoints"
-	netdevMapEventBudget      = "event_budget"
-	netdevMapEvents           = "events"
-	netdevMapFlows            = "flows"
-	netdevMapIpcache          = "ipcache"
-	netdevMapNodeAddrs        = "node_addrs"
-	netdevMapNodeState        = "node_state"
-	netdevMapPending          = "pending"
-	netdevMapPolicy           = "policy"
-	netdevMapScratch          = "scratch"
-	netdevMapServiceBackends  = "service_backends"
-	netdevMapServiceEpochs    = "service_epochs"
-	netdevMapServices         = "services"
-	netdevProgFromNetdev      = "from_netdev"
-	netdevVarCfgDropEvents    = "cfg_drop_events"
-	netdevVarCfgEventRate     = "cfg_event_rate"
-	netdevVarCfgVerdictEvents = "cfg_verdict_events"
+	netdevMapBackends        = "backends"
+	netdevMapCounters        = "counters"
+	netdevMapEndpointEpochs  = "endpoint_epochs"
+	netdevMapEndpoints       = "endpoints"
+	netdevMapEventBudget     = "event_budget"
+	netdevMapEvents          = "events"
+	netdevMapFlows           = "flows"
+	netdevMapIpcache         = "ipcache"
+	netdevMapNodeAddrs       = "node_addrs"
+	netdevMapNodeState       = "node_state"
+	netdevMapPending         = "pending"
+	netdevMapPolicy          = "policy"
+	netdevMapScratch         = "scratch"
+	netdevMapServiceBackends = "service_backends"
+	netdevMapServiceEpochs   = "service_epochs"
+	netdevMapServices        = "services"
+	netdevProgFromNetdev     = "from_netdev"
+	netdevVarCfgDropEvents   = "cfg_drop_events"
+	netdevVarCfgEventRate    = "cfg_event_rate"
 )
 
 // loadNetdev returns the embedded CollectionSpec for netdev.
@@ -109,9 +108,8 @@ type netdevMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type netdevVariableSpecs struct {
-	CfgDropEvents    *ebpf.VariableSpec `ebpf:"cfg_drop_events"`
-	CfgEventRate     *ebpf.VariableSpec `ebpf:"cfg_event_rate"`
-	CfgVerdictEvents *ebpf.VariableSpec `ebpf:"cfg_verdict_events"`
+	CfgDropEvents *ebpf.VariableSpec `ebpf:"cfg_drop_events"`
+	CfgEventRate  *ebpf.VariableSpec `ebpf:"cfg_event_rate"`
 }
 
 // netdevObjects contains all objects after they have been loaded into the kernel.
@@ -177,9 +175,8 @@ func (m *netdevMaps) Close() error {
 //
 // It can be passed to loadNetdevObjects or ebpf.CollectionSpec.LoadAndAssign.
 type netdevVariables struct {
-	CfgDropEvents    *ebpf.Variable `ebpf:"cfg_drop_events"`
-	CfgEventRate     *ebpf.Variable `ebpf:"cfg_event_rate"`
-	CfgVerdictEvents *ebpf.Variable `ebpf:"cfg_verdict_events"`
+	CfgDropEvents *ebpf.Variable `ebpf:"cfg_drop_events"`
+	CfgEventRate  *ebpf.Variable `ebpf:"cfg_event_rate"`
 }
 
 // netdevPrograms contains all programs after they have been loaded into the kernel.

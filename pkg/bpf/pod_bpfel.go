@@ -16,27 +16,26 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	podMapBackends         = "backends"
-	podMapCounters         = "counters"
-	podMapEndpointEpochs   = "endpoint_epochs"
-	podMapEndpoints        = "endpoints"
-	podMapEventBudget      = "event_budget"
-	podMapEvents           = "events"
-	podMapFlows            = "flows"
-	podMapIpcache          = "ipcache"
-	podMapNodeAddrs        = "node_addrs"
-	podMapNodeState        = "node_state"
-	podMapPending          = "pending"
-	podMapPolicy           = "policy"
-	podMapScratch          = "scratch"
-	podMapServiceBackends  = "service_backends"
-	podMapServiceEpochs    = "service_epochs"
-	podMapServices         = "services"
-	podProgFromPod         = "from_pod"
-	podProgToPod           = "to_pod"
-	podVarCfgDropEvents    = "cfg_drop_events"
-	podVarCfgEventRate     = "cfg_event_rate"
-	podVarCfgVerdictEvents = "cfg_verdict_events"
+	podMapBackends        = "backends"
+	podMapCounters        = "counters"
+	podMapEndpointEpochs  = "endpoint_epochs"
+	podMapEndpoints       = "endpoints"
+	podMapEventBudget     = "event_budget"
+	podMapEvents          = "events"
+	podMapFlows           = "flows"
+	podMapIpcache         = "ipcache"
+	podMapNodeAddrs       = "node_addrs"
+	podMapNodeState       = "node_state"
+	podMapPending         = "pending"
+	podMapPolicy          = "policy"
+	podMapScratch         = "scratch"
+	podMapServiceBackends = "service_backends"
+	podMapServiceEpochs   = "service_epochs"
+	podMapServices        = "services"
+	podProgFromPod        = "from_pod"
+	podProgToPod          = "to_pod"
+	podVarCfgDropEvents   = "cfg_drop_events"
+	podVarCfgEventRate    = "cfg_event_rate"
 )
 
 // loadPod returns the embedded CollectionSpec for pod.
@@ -111,9 +110,8 @@ type podMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type podVariableSpecs struct {
-	CfgDropEvents    *ebpf.VariableSpec `ebpf:"cfg_drop_events"`
-	CfgEventRate     *ebpf.VariableSpec `ebpf:"cfg_event_rate"`
-	CfgVerdictEvents *ebpf.VariableSpec `ebpf:"cfg_verdict_events"`
+	CfgDropEvents *ebpf.VariableSpec `ebpf:"cfg_drop_events"`
+	CfgEventRate  *ebpf.VariableSpec `ebpf:"cfg_event_rate"`
 }
 
 // podObjects contains all objects after they have been loaded into the kernel.
@@ -179,9 +177,8 @@ func (m *podMaps) Close() error {
 //
 // It can be passed to loadPodObjects or ebpf.CollectionSpec.LoadAndAssign.
 type podVariables struct {
-	CfgDropEvents    *ebpf.Variable `ebpf:"cfg_drop_events"`
-	CfgEventRate     *ebpf.Variable `ebpf:"cfg_event_rate"`
-	CfgVerdictEvents *ebpf.Variable `ebpf:"cfg_verdict_events"`
+	CfgDropEvents *ebpf.Variable `ebpf:"cfg_drop_events"`
+	CfgEventRate  *ebpf.Variable `ebpf:"cfg_event_rate"`
 }
 
 // podPrograms contains all programs after they have been loaded into the kernel.

@@ -253,10 +253,17 @@ const (
 	dpNodeAddrFlagsNODE_ADDR_REMOTE   dpNodeAddrFlags = 4
 )
 
+type dpNodeFlags uint32
+
+const (
+	dpNodeFlagsNODE_VERDICT_EVENTS dpNodeFlags = 1
+)
+
 type dpNodeState struct {
 	_          structs.HostLayout
 	RouteEpoch uint32
-	Reserved   [3]uint32
+	Flags      uint32
+	Reserved   [2]uint32
 }
 
 type dpPending struct {

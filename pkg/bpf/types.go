@@ -68,6 +68,8 @@ const (
 	NodeAddrNodePort = uint32(dpNodeAddrFlagsNODE_ADDR_NODEPORT)
 	NodeAddrRemote   = uint32(dpNodeAddrFlagsNODE_ADDR_REMOTE)
 
+	NodeVerdictEvents = uint32(dpNodeFlagsNODE_VERDICT_EVENTS)
+
 	ScopeExternal = uint32(dpServiceScopeSCOPE_EXTERNAL)
 	ScopeInternal = uint32(dpServiceScopeSCOPE_INTERNAL)
 

@@ -67,8 +67,8 @@ func TestAttachPod(t *testing.T) {
 	t.Parallel()
 	ns, cfg := place(t)
 	d := ensure(t, ns, cfg)
-	cfg.VerdictEvents = true // another build
-	other := ensure(t, ns, cfg)
+	_, elsewhere := place(t)
+	other := ensure(t, ns, elsewhere) // other programs, as another build has them
 	ns.Do(func() {
 		dev := device(t, "pod")
 		if err := d.PodAttached(dev); !errors.Is(err, ErrNotAttached) {

@@ -49,8 +49,6 @@ type Config struct {
 	Sizes map[string]uint32
 	// ForPods opens only what attaching and registering pods needs, which is what ADD and DEL do: 5 pins instead of 18.
 	ForPods bool
-	// VerdictEvents makes the programs write an event for every new flow that policy judged.
-	VerdictEvents bool
 }
 
 // DefaultConfig returns the configuration of a node that has its machine to itself.
@@ -60,14 +58,8 @@ func DefaultConfig() Config {
 
 func (c Config) mapDir() string { return filepath.Join(c.BPFFS, "maps") }
 
-// progDir is the directory of this build: the programs' constants are part of what is pinned, so they are part of its name.
-func (c Config) progDir() string {
-	name := bpf.Build()
-	if c.VerdictEvents {
-		name += "-verdicts"
-	}
-	return filepath.Join(c.BPFFS, "progs", name)
-}
+// progDir is the directory of this build's programs.
+func (c Config) progDir() string { return filepath.Join(c.BPFFS, "progs", bpf.Build()) }
 
 // Datapath is an opened set of pins. Its methods may be called concurrently.
 type Datapath struct {

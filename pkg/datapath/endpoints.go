@@ -86,11 +86,35 @@ func (d *Datapath) RaiseServiceEpochs(ids ...uint32) error {
 
 // RaiseRouteEpoch makes every flow of the node look its route up again.
 func (d *Datapath) RaiseRouteEpoch() error {
-	zero, state := uint32(0), bpf.NodeState{RouteEpoch: newEpoch()}
-	if err := d.Maps.NodeState.Update(&zero, &state, ebpf.UpdateAny); err != nil {
+	if err := d.changeNodeState(func(s *bpf.NodeState) { s.RouteEpoch = newEpoch() }); err != nil {
 		return fmt.Errorf("raise the route epoch: %w", err)
 	}
 	return nil
+}
+
+// SetVerdictEvents makes the programs write an event for every new flow that policy lets pass, or no longer.
+func (d *Datapath) SetVerdictEvents(on bool) error {
+	err := d.changeNodeState(func(s *bpf.NodeState) {
+		s.Flags &^= bpf.NodeVerdictEvents
+		if on {
+			s.Flags |= bpf.NodeVerdictEvents
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("switch verdict events: %w", err)
+	}
+	return nil
+}
+
+// changeNodeState reads and writes the one entry. Only the agent does, so nobody comes in between.
+func (d *Datapath) changeNodeState(change func(*bpf.NodeState)) error {
+	var zero uint32
+	var state bpf.NodeState
+	if err := d.Maps.NodeState.Lookup(&zero, &state); err != nil {
+		return err
+	}
+	change(&state)
+	return d.Maps.NodeState.Update(&zero, &state, ebpf.UpdateAny)
 }
 
 func raise(m *ebpf.Map, slot uint32) error {

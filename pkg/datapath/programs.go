@@ -35,7 +35,7 @@ func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
 		return fmt.Errorf("read the programs: %w", err)
 	}
 	for _, spec := range specs {
-		if err := pinPrograms(cfg, spec, maps, partial); err != nil {
+		if err := pinPrograms(spec, maps, partial); err != nil {
 			return err
 		}
 	}
@@ -45,13 +45,8 @@ func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
 	return nil
 }
 
-// LoadPrograms loads one object's programs over maps that exist already, with the constants that cfg asks for. The caller closes them.
-func LoadPrograms(cfg Config, spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*ebpf.Collection, error) {
-	if v, ok := spec.Variables["cfg_verdict_events"]; ok {
-		if err := v.Set(boolByte(cfg.VerdictEvents)); err != nil {
-			return nil, fmt.Errorf("set cfg_verdict_events: %w", err)
-		}
-	}
+// LoadPrograms loads one object's programs over maps that exist already. The caller closes them.
+func LoadPrograms(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*ebpf.Collection, error) {
 	replacements := map[string]*ebpf.Map{}
 	for name, m := range spec.Maps {
 		if shared, ok := maps[name]; ok {
@@ -66,8 +61,8 @@ func LoadPrograms(cfg Config, spec *ebpf.CollectionSpec, maps map[string]*ebpf.M
 	return coll, nil
 }
 
-func pinPrograms(cfg Config, spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, dir string) error {
-	coll, err := LoadPrograms(cfg, spec, maps)
+func pinPrograms(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, dir string) error {
+	coll, err := LoadPrograms(spec, maps)
 	if err != nil {
 		return err
 	}
@@ -89,11 +84,4 @@ func loadError(err error) error {
 		return fmt.Errorf("load the programs (CAP_BPF and CAP_NET_ADMIN are needed): %w", err)
 	}
 	return fmt.Errorf("load the programs: %w", err)
-}
-
-func boolByte(b bool) uint8 {
-	if b {
-		return 1
-	}
-	return 0
 }

@@ -61,7 +61,7 @@ func New(t testing.TB) *Fixture {
 		t.Fatal(err)
 	}
 	for _, spec := range specs {
-		coll, err := datapath.LoadPrograms(f.Config, spec, shared)
+		coll, err := datapath.LoadPrograms(spec, shared)
 		if err != nil {
 			t.Fatal(err)
 		}
