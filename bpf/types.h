@@ -142,7 +142,8 @@ struct flow {
 	__u32 csum_diff;	/* with FLOW_NAT: one's complement difference of the addresses */
 	struct flow_key xlate;	/* the tuple after translation; equals the key without FLOW_NAT */
 	struct addr nexthop;	/* reserved: next hop or node address of the forwarding action */
-	__u32 reserved[2];
+	__u32 tick;		/* when last_seen was written, in a unit of the programs' own */
+	__u32 reserved;
 };
 
 /* A pod interface. Key of the map: each of its addresses. */

@@ -235,6 +235,7 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 		key_reverse(&f->xlate, &nf->fwd);
 	}
 	f->last_seen = now_seconds();
+	f->tick = now_tick();
 	f->route_epoch = nf->route_epoch;
 	f->service_id = nf->service_id;
 	f->service_epoch = nf->service_epoch;

@@ -90,11 +90,13 @@ static __always_inline __u8 flow_tcp_after(__u8 tcp, __u8 tcp_flags)
 /* What this packet tells about the connection. Stores only what is new: a clean cache line stays clean. */
 static __always_inline void flow_note_packet(struct flow *f, const struct pkt *p)
 {
-	__u32 now = now_seconds();
+	__u32 tick = now_tick();
 	__u8 tcp;
 
-	if (f->last_seen != now)
-		f->last_seen = now;
+	if (f->tick != tick) {
+		f->tick = tick;
+		f->last_seen = now_seconds();
+	}
 	if (p->key.proto != IPPROTO_TCP)
 		return;
 	tcp = flow_tcp_after(f->tcp, p->tcp_flags);

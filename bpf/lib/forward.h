@@ -11,8 +11,8 @@ static __always_inline int mac_rewrite(struct __sk_buff *skb, const struct flow 
 
 	if (!eth)
 		return -DROP_TRUNCATED;
-	__builtin_memcpy(eth->h_dest, f->dst_mac, 6);
-	__builtin_memcpy(eth->h_source, f->src_mac, 6);
+	mac_copy(eth->h_dest, f->dst_mac);
+	mac_copy(eth->h_source, f->src_mac);
 	return 0;
 }
 

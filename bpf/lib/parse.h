@@ -216,22 +216,10 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct pkt *p)
 	return ret;
 }
 
-/* Makes the headers linear: TCP behind the longest header chain that parse accepts. */
-static __always_inline void pull_headers(struct __sk_buff *skb)
+static __always_inline int parse_linear(struct __sk_buff *skb, struct pkt *p)
 {
-	__u32 want = MAX_L4_OFF + sizeof(struct tcphdr);
+	struct ethhdr *eth = pkt_at(skb, 0, sizeof(*eth));
 
-	if (pkt_data(skb) + L3_OFF + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) <= pkt_end(skb))
-		return;
-	bpf_skb_pull_data(skb, skb->len < want ? skb->len : want);
-}
-
-static __always_inline int parse(struct __sk_buff *skb, struct pkt *p)
-{
-	struct ethhdr *eth;
-
-	pull_headers(skb);
-	eth = pkt_at(skb, 0, sizeof(*eth));
 	if (!eth)
 		return -DROP_TRUNCATED;
 	p->l3_proto = bpf_ntohs(eth->h_proto);
@@ -245,4 +233,25 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p)
 		return 0;
 	}
 	return -DROP_UNKNOWN_ETHERTYPE;
+}
+
+/*
+ * Makes the headers linear, TCP behind the longest header chain that parse accepts, and parses again. Not before it is needed: the
+ * call costs more than a whole parse, and on a TCP segment, whose data the sender keeps a clone of, it copies the packet.
+ */
+__noinline int parse_pulled(struct __sk_buff *skb, struct pkt *p)
+{
+	__u32 want = MAX_L4_OFF + sizeof(struct tcphdr);
+
+	if (!p)
+		return -DROP_TRUNCATED;
+	bpf_skb_pull_data(skb, skb->len < want ? skb->len : want);
+	return parse_linear(skb, p);
+}
+
+static __always_inline int parse(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret = parse_linear(skb, p);
+
+	return unlikely(ret == -DROP_TRUNCATED) ? parse_pulled(skb, p) : ret;
 }

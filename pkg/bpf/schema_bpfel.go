@@ -138,7 +138,8 @@ type dpFlow struct {
 	CsumDiff      uint32
 	Xlate         dpFlowKey
 	Nexthop       dpAddr
-	Reserved      [2]uint32
+	Tick          uint32
+	Reserved      uint32
 }
 
 type dpFlowAction uint32

@@ -17,7 +17,7 @@ import (
 // flowTable compares the whole flow table. Times, epochs and checksum differences are held by other tests, by what they do.
 func flowTable(t *testing.T, f *progtest.Fixture, want map[bpf.FlowKey]bpf.Flow) {
 	t.Helper()
-	ignore := cmpopts.IgnoreFields(bpf.Flow{}, "LastSeen", "RouteEpoch", "EndpointEpoch", "ServiceEpoch", "CsumDiff")
+	ignore := cmpopts.IgnoreFields(bpf.Flow{}, "LastSeen", "Tick", "RouteEpoch", "EndpointEpoch", "ServiceEpoch", "CsumDiff")
 	if diff := cmp.Diff(want, f.AllFlows(t), ignore); diff != "" {
 		t.Errorf("flow table (-want +got):\n%s", diff)
 	}
