@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -86,6 +87,26 @@ func childCommand(t testing.TB, verb, dir, subnets, id string) *exec.Cmd {
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = append(os.Environ(), childEnv+"="+strings.Join([]string{verb, dir, subnets, id}, " "))
 	return cmd
+}
+
+// Every ADD is a process of its own. The same ranges must look the same to each, or each would rewrite the whole file as for edited ones.
+func TestNextProcessKeepsTheFile(t *testing.T) {
+	dir := t.TempDir()
+	state := filepath.Join(dir, "ipam", "net", "state")
+	var before os.FileInfo
+	for _, id := range []string{"a", "b", "c"} {
+		if out, err := childCommand(t, "add", dir, "10.1.0.0/24,fd00::/64", id).CombinedOutput(); err != nil {
+			t.Fatalf("add %s: %v: %s", id, err, out)
+		}
+		after, err := os.Stat(state)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if before != nil && !os.SameFile(before, after) {
+			t.Errorf("add %s replaced the state file", id)
+		}
+		before = after
+	}
 }
 
 // TestManyProcesses starts 200 processes at once that Add, then 200 that Del; a third of the addresses is asked for a second time

@@ -215,7 +215,10 @@ func (p *plan) setOf(id int) int {
 func (p *plan) fingerprint() uint64 {
 	h := fnv.New64a()
 	for _, r := range p.ranges {
-		fmt.Fprintln(h, r.subnet, r.start, r.end, r.reserved)
+		fmt.Fprintln(h, r.subnet, r.start, r.end)
+		for _, s := range r.reserved { // one by one: of an unexported field fmt prints the memory, which differs from process to process
+			fmt.Fprintln(h, s.first, s.last)
+		}
 	}
 	return cmp.Or(h.Sum64(), 1) // 0 stands for "no ranges known"
 }
