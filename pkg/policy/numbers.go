@@ -48,7 +48,7 @@ type Freed struct {
 }
 
 // space hands out numbers. Identities and rules are never used again: 2^32 of them outlast a node, and a number that means two things at
-// different times would be misread in the moment between two writes to the kernel. Policy ids are few (policy_epochs is an array), so
+// different times would be misread in the moment between two writes to the kernel. Policy ids are few (MaxPolicy), so
 // they are used again, oldest first, but only when no fresh one is left and after the quarantine.
 type space struct {
 	name        string

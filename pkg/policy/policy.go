@@ -60,8 +60,8 @@ const (
 	AnyIdentity   uint32 = 0xffffffff
 )
 
-// Policy ids with a fixed meaning, as enum policy_id in bpf/types.h. The compiler allocates from FirstPolicy to MaxPolicy, the last index
-// of the policy_epochs map.
+// Policy ids with a fixed meaning, as enum policy_id in bpf/types.h. The compiler allocates from FirstPolicy to MaxPolicy: more distinct
+// policies than a node has pods are not needed, and the numbers stay short for people.
 const (
 	PolicyNone     uint32 = 0
 	PolicyNodeOnly uint32 = 1
