@@ -11,22 +11,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// settleTimeout bounds waitLocal, settlePoll is how often it looks.
+// settleTimeout bounds waitLocal: the kernel's work queue needs the lock that every network change takes, and 200 pods that start at once
+// on a slow machine make it wait for seconds. It looks again after settlePoll, then less and less often, so as not to be in its way.
 const (
-	settleTimeout = 2 * time.Second
+	settleTimeout = 10 * time.Second
 	settlePoll    = 200 * time.Microsecond
+	settlePollMax = 20 * time.Millisecond
 )
 
 // waitLocal returns when the kernel accepts packets for each of the addresses. It installs an IPv6 address's local route from a work
 // queue, even without duplicate address detection: a packet that comes before it is lost, and costs a TCP client a second.
 func (c *Conn) waitLocal(addresses []netip.Addr) error {
 	deadline := time.Now().Add(settleTimeout)
+	poll := settlePoll
 	for _, a := range addresses {
 		for a.Is6() && !c.isLocal(a) {
 			if time.Now().After(deadline) {
 				return fmt.Errorf("address %s is not usable %s after it was added", a, settleTimeout)
 			}
-			time.Sleep(settlePoll)
+			time.Sleep(poll)
+			poll = min(poll*5/4, settlePollMax)
 		}
 	}
 	return nil
