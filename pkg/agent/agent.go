@@ -124,14 +124,14 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		w.records.put(r)
 		p.recordsIn.put(r)
 	}}
-	changes := newMailbox[struct{}]()
+	changes, removals := newMailbox[struct{}](), make(chan int, 256)
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return serve(ctx, socket, func() Status { return b.now(cfg.Source) }) })
 	g.Go(func() error { return p.run(ctx) })
 	g.Go(func() error { return records.run(ctx) })
-	g.Go(func() error { return subscribe(ctx, changes) })
-	g.Go(func() error { return w.run(ctx, changes) })
+	g.Go(func() error { return subscribe(ctx, changes, removals) })
+	g.Go(func() error { return w.run(ctx, changes, removals) })
 	g.Go(func() error { return sweep(ctx, cfg.Sweep, cfg.Resync, b, cfg.Log) })
 	g.Go(func() error {
 		err := cfg.Source.Run(ctx, func(s *state.Snapshot) { p.snapshots.put(snapshotFrom{s, time.Now()}) })

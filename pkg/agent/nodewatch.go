@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
-	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
 )
@@ -71,8 +69,8 @@ type nodeWatcher struct {
 	last      nodeFacts
 }
 
-// run surveys the node at the start, at every change and at every tick, until ctx ends. changes is fed by subscribe.
-func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}]) error {
+// run surveys the node at the start, at every change and at every tick, until ctx ends. changes and removals are fed by subscribe.
+func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}], removals <-chan int) error {
 	w.attached, w.seen = map[int]string{}, map[int]time.Time{}
 	// The records say which devices are pods'.
 	select {
@@ -92,12 +90,18 @@ func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}]) error 
 		case w.pods = <-w.records:
 		case <-changes:
 		case <-again.C:
+		case index := <-removals:
+			w.checkRemoved(index, removals)
+			if !pause(ctx, surveyPause) {
+				return nil
+			}
+			continue
 		case <-tick.C:
 			whole = true
 		}
 		fresh := w.survey(whole)
 		if whole {
-			w.checkPods()
+			w.report(w.checkPods(w.pods))
 		}
 		if fresh {
 			again.Reset(vethPause)
@@ -226,10 +230,31 @@ func (w *nodeWatcher) attachNetdev(d DeviceStatus, verify bool) error {
 	return nil
 }
 
-// checkPods attaches again what somebody removed from the pods' devices.
-func (w *nodeWatcher) checkPods() {
-	var wrong []string
+// checkRemoved looks after the devices that lost a filter: a pod without programs is a pod without policy, and cannot wait for the tick.
+// index is the first of those that wait in removals; 0 stands for all devices.
+func (w *nodeWatcher) checkRemoved(index int, removals <-chan int) {
+	removed := map[int]bool{index: true}
+	for range len(removals) {
+		removed[<-removals] = true
+	}
+	var pods []*endpoint.Record
 	for _, r := range w.pods {
+		if removed[0] || removed[r.HostIfindex] {
+			pods = append(pods, r)
+		}
+	}
+	w.checkPods(pods)
+	for index := range w.attached {
+		if removed[0] || removed[index] {
+			w.survey(true)
+			return
+		}
+	}
+}
+
+// checkPods attaches again what somebody removed from the pods' devices, and returns what it could not.
+func (w *nodeWatcher) checkPods(pods []*endpoint.Record) (wrong []string) {
+	for _, r := range pods {
 		l, err := netlink.LinkByIndex(r.HostIfindex)
 		if err != nil || l.Attrs().Name != r.HostIfName {
 			continue // gone; the pipeline collects the record
@@ -247,7 +272,7 @@ func (w *nodeWatcher) checkPods() {
 		w.log.Warn("pod's programs were removed by somebody and are attached again", "ifName", r.HostIfName,
 			"pod", r.Namespace+"/"+r.Name, "err", missing, "present", there)
 	}
-	w.report(wrong)
+	return wrong
 }
 
 // present names the tc filters on the device, so that a person sees who is in the way.
@@ -272,31 +297,4 @@ func present(ifindex int) []string {
 	}
 	slices.Sort(out)
 	return out
-}
-
-// subscribe tells of every change of a device, address, route or rule until ctx ends. Messages only say that something changed: what is
-// true is read afresh, so that a lost message costs nothing but time.
-func subscribe(ctx context.Context, changes mailbox[struct{}]) error {
-	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
-		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE)
-	if err != nil {
-		return fmt.Errorf("subscribe to changes of the network: %w", err)
-	}
-	stop := context.AfterFunc(ctx, s.Close)
-	defer func() {
-		if stop() {
-			s.Close()
-		}
-	}()
-	for {
-		_, _, err := s.Receive()
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err == nil, errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.EINTR):
-			changes.put(struct{}{})
-		default:
-			return fmt.Errorf("receive changes of the network: %w", err)
-		}
-	}
 }

@@ -178,10 +178,11 @@ func (m *machine) apply(file, content string) {
 }
 
 // startAgent starts the agent and waits until it has compiled its manifests once.
-func (m *machine) startAgent() {
+func (m *machine) startAgent(flags ...string) {
 	m.t.Helper()
 	m.agent = exec.Command(filepath.Join(bin, "margay-agent"), "--manifests", m.manifests, "--node", "node",
 		"--bpffs", m.config.BPFFS, "--run", m.config.Run)
+	m.agent.Args = append(m.agent.Args, flags...)
 	m.agentLog.Reset()
 	m.agent.Stdout, m.agent.Stderr = &m.agentLog, &m.agentLog
 	m.node.Do(func() { m.must(m.agent.Start()) })
