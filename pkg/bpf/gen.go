@@ -7,3 +7,4 @@ package bpf
 //go:generate go tool bpf2go -target bpfel -no-global-types -output-stem pod pod ../../bpf/pod.bpf.c
 //go:generate go tool bpf2go -target bpfel -no-global-types -output-stem netdev netdev ../../bpf/netdev.bpf.c
 //go:generate go tool bpf2go -target bpfel -no-global-types -output-stem sweep sweep ../../bpf/sweep.bpf.c
+//go:generate go run ../../hack/buildid
