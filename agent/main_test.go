@@ -259,14 +259,14 @@ func TestWhatSomebodyRemovesIsRepaired(t *testing.T) {
 func TestDevicesAndRoutesAreFollowed(t *testing.T) {
 	n := nodetest.New(t)
 	p := start(t, n, t.TempDir())
-	routes := func() (s bpf.NodeState) {
-		if err := n.DP.Maps.NodeState.Lookup(uint32(0), &s); err != nil {
+	routes := func() (epoch uint32) {
+		if err := n.DP.Maps.EndpointEpochs.Lookup(bpf.EpochSlotRoutes, &epoch); err != nil {
 			t.Fatal(err)
 		}
-		return s
+		return epoch
 	}
 	eventually(t, "from_netdev on the node's device", func() bool { return len(p.status().Last.Devices) == 1 })
-	before := routes().RouteEpoch
+	before := routes()
 	n.NS.Do(func() {
 		r, err := netlink.ParseIPNet("198.51.100.0/24")
 		if err != nil {
@@ -276,16 +276,16 @@ func TestDevicesAndRoutesAreFollowed(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	eventually(t, "the route epoch to be raised", func() bool { return routes().RouteEpoch != before })
+	eventually(t, "the route epoch to be raised", func() bool { return routes() != before })
 
 	// A pod's start is no change of the node's routes.
-	before = routes().RouteEpoch
+	before = routes()
 	pod := n.AddPod("one")
 	record(t, n, pod, nil)
 	eventually(t, "the pod to be known", func() bool { return p.status().Last.Counts.Endpoints == 1 })
 	rounds := p.status().Rounds
 	eventually(t, "two more rounds", func() bool { return p.status().Rounds > rounds+2 })
-	if got := routes().RouteEpoch; got != before {
+	if got := routes(); got != before {
 		t.Errorf("route epoch after a pod's start = %d, want %d as before", got, before)
 	}
 	n.NS.Do(func() {

@@ -117,7 +117,7 @@ struct {
 	__type(value, __u32);
 } endpoint_epochs SEC(".maps");
 
-/* Node-wide epochs. Written by the agent. */
+/* What is switched on. Written by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

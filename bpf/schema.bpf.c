@@ -18,6 +18,7 @@ const enum flow_tcp *unused_flow_tcp SEC("unused");
 const enum endpoint_flags *unused_endpoint_flags SEC("unused");
 const enum pending_flags *unused_pending_flags SEC("unused");
 const enum node_addr_flags *unused_node_addr_flags SEC("unused");
+const enum epoch_slots *unused_epoch_slots SEC("unused");
 const enum node_flags *unused_node_flags SEC("unused");
 const enum service_scope *unused_service_scope SEC("unused");
 const enum service_flags *unused_service_flags SEC("unused");

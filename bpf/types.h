@@ -125,8 +125,8 @@ enum flow_tcp {
  */
 struct flow {
 	__u32 last_seen;	/* seconds, CLOCK_MONOTONIC; written at most once a second */
-	__u32 route_epoch;	/* node_state.route_epoch it was computed under */
-	__u32 endpoint_epoch[2]; /* endpoint_epochs of in_ifindex, and of out_ifindex or slot 0 (flow_out_slot) */
+	__u32 route_epoch;	/* endpoint_epochs of EPOCH_SLOT_ROUTES */
+	__u32 endpoint_epoch[2]; /* endpoint_epochs of in_ifindex, and of flow_out_slot */
 	__u32 service_id;	/* with FLOW_SERVICE */
 	__u32 service_epoch;
 	__u32 in_ifindex;	/* with FLOW_IN_POD: device its packets come from; else 0 */
@@ -138,11 +138,11 @@ struct flow {
 	__u8 tcp;		/* enum flow_tcp */
 	__u16 flags;		/* enum flow_flags */
 	__u8 pad[2];
-	__u32 rule_id;		/* rule that allowed, or with FLOW_DENIED denied, it; 0 = no policy */
+	__u32 tick;		/* when last_seen was written, in a unit of the programs' own */
 	__u32 csum_diff;	/* with FLOW_NAT: one's complement difference of the addresses */
 	struct flow_key xlate;	/* the tuple after translation; equals the key without FLOW_NAT */
 	struct addr nexthop;	/* reserved: next hop or node address of the forwarding action */
-	__u32 tick;		/* when last_seen was written, in a unit of the programs' own */
+	__u32 rule_id;		/* rule that allowed, or with FLOW_DENIED denied, it; 0 = no policy */
 	__u32 reserved;
 };
 
@@ -283,19 +283,23 @@ struct counter {
 	__u64 bytes;
 };
 
-/* Written by the agent when something that flows depend on changes. One entry. */
+/* What the agent has switched on. One entry. */
 struct node_state {
-	__u32 route_epoch;
 	__u32 flags; /* enum node_flags */
-	__u32 reserved[2];
+	__u32 reserved[3];
 };
 
 enum node_flags {
 	NODE_VERDICT_EVENTS = 1, /* write an event for every new flow that policy let pass */
 };
 
-/* Slots of endpoint_epochs: a power of two, so that the index is a mask. */
-enum {
+/*
+ * Slots of endpoint_epochs: a power of two, so that the index is a mask. The first two belong to no pod: no device has index 0, and 1 is
+ * the loopback device.
+ */
+enum epoch_slots {
+	EPOCH_SLOT_OUTSIDE = 0, /* everything that is no pod of this node; raised when a pod gets an address */
+	EPOCH_SLOT_ROUTES = 1,	/* the node's routes */
 	ENDPOINT_EPOCHS = 16384,
 };
 

@@ -35,10 +35,7 @@ static __always_inline __u32 service_epoch(__u32 id)
 
 static __always_inline __u32 route_epoch(void)
 {
-	__u32 zero = 0;
-	struct node_state *s = bpf_map_lookup_elem(&node_state, &zero);
-
-	return s ? s->route_epoch : 0;
+	return endpoint_epoch(EPOCH_SLOT_ROUTES);
 }
 
 static __always_inline __u32 node_flags(void)
@@ -50,12 +47,12 @@ static __always_inline __u32 node_flags(void)
 }
 
 /*
- * Slot of endpoint_epochs for where the entry's packets go. Slot 0 stands for everything that is no pod of this node: it is raised
- * when a pod gets an address, because flows may have been under way to that address before.
+ * Slot of endpoint_epochs for where the entry's packets go. That of the outside is raised when a pod gets an address, because flows may
+ * have been under way to that address before.
  */
 static __always_inline __u32 flow_out_slot(const struct flow *f)
 {
-	return f->action == FLOW_TO_NETDEV ? 0 : f->out_ifindex;
+	return f->action == FLOW_TO_NETDEV ? EPOCH_SLOT_OUTSIDE : f->out_ifindex;
 }
 
 /* Nothing that the entry was computed from has changed since. Array lookups: a few instructions each, no hash. */

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "68c2b3bebf048d9a955e6677"
+const build = "f427dfe2c299d65e17b87aca"

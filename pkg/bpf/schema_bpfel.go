@@ -92,6 +92,14 @@ const (
 	dpEndpointFlagsENDPOINT_PENDING dpEndpointFlags = 2
 )
 
+type dpEpochSlots uint32
+
+const (
+	dpEpochSlotsEPOCH_SLOT_OUTSIDE dpEpochSlots = 0
+	dpEpochSlotsEPOCH_SLOT_ROUTES  dpEpochSlots = 1
+	dpEpochSlotsENDPOINT_EPOCHS    dpEpochSlots = 16384
+)
+
 type dpEvent struct {
 	_         structs.HostLayout
 	Time      uint64
@@ -134,11 +142,11 @@ type dpFlow struct {
 	Tcp           uint8
 	Flags         uint16
 	Pad           [2]uint8
-	RuleId        uint32
+	Tick          uint32
 	CsumDiff      uint32
 	Xlate         dpFlowKey
 	Nexthop       dpAddr
-	Tick          uint32
+	RuleId        uint32
 	Reserved      uint32
 }
 
@@ -261,10 +269,9 @@ const (
 )
 
 type dpNodeState struct {
-	_          structs.HostLayout
-	RouteEpoch uint32
-	Flags      uint32
-	Reserved   [2]uint32
+	_        structs.HostLayout
+	Flags    uint32
+	Reserved [3]uint32
 }
 
 type dpPending struct {

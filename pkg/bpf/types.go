@@ -68,6 +68,9 @@ const (
 	NodeAddrNodePort = uint32(dpNodeAddrFlagsNODE_ADDR_NODEPORT)
 	NodeAddrRemote   = uint32(dpNodeAddrFlagsNODE_ADDR_REMOTE)
 
+	EpochSlotOutside = uint32(dpEpochSlotsEPOCH_SLOT_OUTSIDE)
+	EpochSlotRoutes  = uint32(dpEpochSlotsEPOCH_SLOT_ROUTES)
+
 	NodeVerdictEvents = uint32(dpNodeFlagsNODE_VERDICT_EVENTS)
 
 	ScopeExternal = uint32(dpServiceScopeSCOPE_EXTERNAL)

@@ -15,13 +15,13 @@ import (
 )
 
 // PutEndpoint registers or changes the pod interface behind an address. The pod's flows are judged again, and those that lead to no pod of
-// this node (slot 0): some may have been under way to this address before the pod had it.
+// this node: some may have been under way to this address before the pod had it.
 func (d *Datapath) PutEndpoint(a netip.Addr, e bpf.Endpoint) error {
 	key := bpf.NewAddr(a)
 	if err := d.Maps.Endpoints.Update(&key, &e, ebpf.UpdateAny); err != nil {
 		return fullError("endpoints", d.Maps.Endpoints, fmt.Errorf("register endpoint %s: %w", a, err))
 	}
-	return d.RaiseEndpointEpochs(int(e.Ifindex), 0)
+	return d.RaiseEndpointEpochs(int(e.Ifindex), int(bpf.EpochSlotOutside))
 }
 
 // DeleteEndpoint removes an address, but only while it belongs to the device ifindex (0: to any): the address may have a new owner
@@ -86,7 +86,7 @@ func (d *Datapath) RaiseServiceEpochs(ids ...uint32) error {
 
 // RaiseRouteEpoch makes every flow of the node look its route up again.
 func (d *Datapath) RaiseRouteEpoch() error {
-	if err := d.changeNodeState(func(s *bpf.NodeState) { s.RouteEpoch = newEpoch() }); err != nil {
+	if err := raise(d.Maps.EndpointEpochs, bpf.EpochSlotRoutes); err != nil {
 		return fmt.Errorf("raise the route epoch: %w", err)
 	}
 	return nil
@@ -94,27 +94,15 @@ func (d *Datapath) RaiseRouteEpoch() error {
 
 // SetVerdictEvents makes the programs write an event for every new flow that policy lets pass, or no longer.
 func (d *Datapath) SetVerdictEvents(on bool) error {
-	err := d.changeNodeState(func(s *bpf.NodeState) {
-		s.Flags &^= bpf.NodeVerdictEvents
-		if on {
-			s.Flags |= bpf.NodeVerdictEvents
-		}
-	})
-	if err != nil {
+	var zero uint32
+	var state bpf.NodeState
+	if on {
+		state.Flags = bpf.NodeVerdictEvents
+	}
+	if err := d.Maps.NodeState.Update(&zero, &state, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("switch verdict events: %w", err)
 	}
 	return nil
-}
-
-// changeNodeState reads and writes the one entry. Only the agent does, so nobody comes in between.
-func (d *Datapath) changeNodeState(change func(*bpf.NodeState)) error {
-	var zero uint32
-	var state bpf.NodeState
-	if err := d.Maps.NodeState.Lookup(&zero, &state); err != nil {
-		return err
-	}
-	change(&state)
-	return d.Maps.NodeState.Update(&zero, &state, ebpf.UpdateAny)
 }
 
 func raise(m *ebpf.Map, slot uint32) error {
