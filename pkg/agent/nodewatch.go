@@ -78,6 +78,7 @@ func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}], remova
 		return nil
 	case w.pods = <-w.records:
 	}
+	w.report(w.checkPods(w.pods)) // also what an upgrade brings: pods still carry the programs of the build before
 	tick := time.NewTicker(w.resync)
 	defer tick.Stop()
 	again := time.NewTimer(0)
@@ -87,7 +88,10 @@ func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}], remova
 		select {
 		case <-ctx.Done():
 			return nil
-		case w.pods = <-w.records:
+		case records := <-w.records:
+			known := w.pods
+			w.pods = records
+			w.checkPods(newPods(known, records))
 		case <-changes:
 		case <-again.C:
 		case index := <-removals:
@@ -250,6 +254,21 @@ func (w *nodeWatcher) checkRemoved(index int, removals <-chan int) {
 			return
 		}
 	}
+}
+
+// newPods returns the records that are not among the known ones. What was removed from such a pod before its record came, nobody has
+// looked after.
+func newPods(known, records []*endpoint.Record) (fresh []*endpoint.Record) {
+	seen := map[int]bool{}
+	for _, r := range known {
+		seen[r.HostIfindex] = true
+	}
+	for _, r := range records {
+		if !seen[r.HostIfindex] {
+			fresh = append(fresh, r)
+		}
+	}
+	return fresh
 }
 
 // checkPods attaches again what somebody removed from the pods' devices, and returns what it could not.

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 
@@ -34,26 +35,34 @@ func TestRemovedFiltersComeBack(t *testing.T) {
 	m.eventually("the NodePort works", func() bool { _, ok := m.asks(false); return ok })
 	pod := link.HostName("e2e-"+p.name, "eth0")
 	for device, programs := range map[string][]string{pod: {"margay/from_pod", "margay/to_pod"}, "eth0": {"margay/from_netdev"}} {
-		attached := func() bool {
-			list := m.programs(device)
-			for _, name := range programs {
-				if !strings.Contains(list, name) {
-					return false
-				}
-			}
-			return true
-		}
+		attached := func() bool { return m.attached(device, programs...) }
 		m.eventually(device+" has its programs", attached)
-		m.node.Do(func() {
-			l, err := netlink.LinkByName(device)
-			m.must(err)
-			m.must(netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-				LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-			}}))
-		})
+		m.removeFilters(device)
 		m.eventually(device+" has its programs again", attached)
 	}
+	m.killAgent()
+	m.removeFilters(pod)
+	m.startAgent("--resync", "1h")
+	m.eventually("the next agent puts them back", func() bool { return m.attached(pod, "margay/from_pod", "margay/to_pod") })
 	if why, ok := m.asks(false); !ok {
 		t.Errorf("NodePort afterwards: %s", why)
 	}
+}
+
+// attached tells whether tc shows all of the programs on the device.
+func (m *machine) attached(device string, programs ...string) bool {
+	list := m.programs(device)
+	return !slices.ContainsFunc(programs, func(name string) bool { return !strings.Contains(list, name) })
+}
+
+// removeFilters removes the qdisc that the device's filters hang on.
+func (m *machine) removeFilters(device string) {
+	m.t.Helper()
+	m.node.Do(func() {
+		l, err := netlink.LinkByName(device)
+		m.must(err)
+		m.must(netlink.QdiscDel(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+			LinkIndex: l.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+		}}))
+	})
 }
