@@ -10,7 +10,7 @@
 
 /*
  * Flow table: tuple → what to do with its packets. Two entries per flow, one for each direction.
- * Written by the programs, deleted by sweep_flows and by LRU eviction. 131 072 entries are about 28 MiB.
+ * Written by the programs, deleted by sweep_flows and by LRU eviction. 131 072 entries are 29 MiB.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -106,7 +106,8 @@ struct {
 } policy SEC(".maps");
 
 /*
- * Host-side device index modulo the size → epoch. A new value sends every flow from or to the pod behind it through policy again.
+ * Host-side device index modulo the size → epoch; the first two slots are enum epoch_slots. A new value sends every flow from or to
+ * the pod behind it through policy again.
  * Written by the agent when the pod's policy, or the identity of a peer that its policy may name, changes; by the plugin at ADD
  * and DEL. Two devices may share a slot: the price is a needless re-judgement.
  */

@@ -27,7 +27,7 @@ func (p *pipeline) applyNode() {
 	p.round.Devices = p.facts.devices
 	if p.facts.routes != p.routes {
 		if err := p.epochs.RaiseRouteEpoch(); err != nil {
-			p.fault("node_state", err)
+			p.fault("endpoint_epochs", err)
 		} else {
 			p.log.Info("routes changed; flows will be routed anew")
 			p.routes = p.facts.routes
