@@ -37,9 +37,10 @@ static __always_inline int handle_to_pod(struct __sk_buff *skb, struct pkt *p)
 		return ret;
 	switch (p->kind) {
 	case PKT_ARP:
-	case PKT_ND:
-		/* From the host's own stack (contract row N14: never filtered). */
 		return TC_ACT_OK;
+	case PKT_ND:
+		/* Contract row N14: never filtered. What the stack forwarded is none (RFC 4861 §7.1), but a packet past policy. */
+		return p->ttl == 255 ? TC_ACT_OK : -DROP_INVALID_ND;
 	case PKT_ICMP_ERROR:
 		return handle_icmp_error(skb, p);
 	}

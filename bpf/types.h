@@ -109,6 +109,7 @@ enum flow_flags {
 	FLOW_VIA_STACK = 32, /* opened by a packet from the host's stack: its answers go back there */
 	FLOW_FROM_HOST = 64, /* opened by a process of the node itself: policy does not apply (contract row N10) */
 	FLOW_DENIED_INGRESS = 128, /* with FLOW_DENIED: by the receiver's ingress policy */
+	FLOW_IN_NODE = 256, /* packets come from the node itself: nobody outside may send them */
 };
 
 /* TCP flags seen in one direction of a flow. */

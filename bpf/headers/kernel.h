@@ -112,6 +112,7 @@ struct __sk_buff {
 #define BPF_FIB_LKUP_RET_SUCCESS 0
 #define BPF_FIB_LKUP_RET_NOT_FWDED 4
 #define BPF_FIB_LKUP_RET_NO_NEIGH 7
+#define BPF_FIB_LKUP_RET_FRAG_NEEDED 8
 
 struct bpf_fib_lookup {
 	__u8 family;

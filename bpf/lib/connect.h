@@ -35,6 +35,9 @@ static __always_inline int flow_keeps_translation(const struct pkt *p, const str
 
 	if (pkt_opens_tcp(p) && (flow_is_closing(f, other) || flow_is_expired(IPPROTO_TCP, f, other, now_seconds())))
 		return 0;
+	/* The other end opens a connection of its own on the tuple of one that was established: its own policies decide. */
+	if (pkt_opens_tcp(p) && (f->flags & FLOW_REPLY) && ((f->tcp | (other ? other->tcp : 0)) & FLOW_TCP_ESTABLISHED))
+		return 0;
 	if ((f->flags & (FLOW_SERVICE | FLOW_REPLY)) != FLOW_SERVICE)
 		return 1;
 	if (pkt_opens_tcp(p) || (p->key.proto == IPPROTO_UDP && f->service_epoch != epoch))
@@ -173,6 +176,9 @@ static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *
 		nf->action[FORWARD] = FLOW_TO_STACK;
 		return 0;
 	}
+	/* Too large for the way: the stack says so to the sender. A translated packet would be quoted with the wrong address. */
+	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED && !(nf->flags & FLOW_SERVICE))
+		return 1;
 	return -DROP_NO_ROUTE;
 }
 
@@ -245,6 +251,8 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 	f->action = nf->action[direction & 1];
 	f->endpoint_epoch[1] = judged_epoch(nf, flow_out_slot(f));
 	f->flags = nf->flags | (direction == REPLY ? FLOW_REPLY : 0) | (in->ifindex ? FLOW_IN_POD : 0);
+	if (!in->ifindex && ((direction == FORWARD && (nf->flags & FLOW_FROM_HOST)) || (node_addr_flags_of(&nf->key.src) & NODE_ADDR_LOCAL)))
+		f->flags |= FLOW_IN_NODE;
 	f->tcp = 0;
 	f->rule_id = nf->rule_id;
 	__builtin_memcpy(f->in_mac, in->mac, 6);
@@ -384,6 +392,9 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 		return source;
 	if (ret)
 		return ret;
+	/* The stack led the packet to a pod's device that the address is not registered for: there is no policy to judge it by. */
+	if (p->hook == HOOK_TO_POD && (nf->reply ? nf->src.ifindex : nf->dst.ifindex) != skb->ifindex)
+		return -DROP_INVALID_CONFIG;
 	note_opener(skb, p, nf);
 	if (!nf->known && (p->icmp_type == ICMPV6_ECHO_REPLY || (p->key.proto == IPPROTO_ICMP && p->icmp_type == ICMP_ECHOREPLY)))
 		return p->hook == HOOK_FROM_NETDEV && !nf->dst.ifindex ? TC_ACT_OK : -DROP_NO_FLOW;

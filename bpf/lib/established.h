@@ -14,9 +14,9 @@ static __always_inline int flow_sender_matches(struct __sk_buff *skb, const stru
 	struct ethhdr *eth;
 
 	if (p->hook == HOOK_TO_POD)
-		return f->out_ifindex == skb->ifindex;
+		return f->out_ifindex == skb->ifindex && f->action != FLOW_TO_NETDEV;
 	if (p->hook != HOOK_FROM_POD)
-		return !(f->flags & FLOW_IN_POD);
+		return !(f->flags & (FLOW_IN_POD | FLOW_IN_NODE));
 	eth = pkt_at(skb, 0, sizeof(*eth));
 	return eth && f->in_ifindex == skb->ifindex && mac_equal(eth->h_source, f->in_mac);
 }

@@ -97,6 +97,18 @@ static __always_inline int send_advert(struct __sk_buff *skb, const struct endpo
 	return bpf_redirect_peer(skb->ifindex, 0);
 }
 
+/*
+ * Where discovery may go: the link, the node, its pods. Anywhere else it would be a packet past policy, whatever it says.
+ */
+static __always_inline int nd_stays_here(const struct addr *dst)
+{
+	if (dst->b[0] == 0xff)
+		return (dst->b[1] & 0xf) <= 2;
+	if (dst->b[0] == 0xfe && (dst->b[1] & 0xc0) == 0x80)
+		return 1;
+	return (node_addr_flags_of(dst) & NODE_ADDR_LOCAL) || endpoint_of(dst) != NULL;
+}
+
 __noinline int answer_nd(struct __sk_buff *skb, struct pkt *p)
 {
 	struct ethhdr *eth = pkt_at(skb, 0, sizeof(*eth));
@@ -107,7 +119,8 @@ __noinline int answer_nd(struct __sk_buff *skb, struct pkt *p)
 	if (!p)
 		return -DROP_INVALID_ND;
 	nd = pkt_at(skb, p->l4_off, sizeof(*nd));
-	if (!eth || !nd)
+	/* RFC 4861 §7.1: a packet that was ever forwarded is none. */
+	if (!eth || !nd || p->ttl != 255 || !nd_stays_here(&p->key.dst))
 		return -DROP_INVALID_ND;
 	e = own_endpoint(skb, &p->key.src, eth->h_source);
 	if (!e)
@@ -115,7 +128,7 @@ __noinline int answer_nd(struct __sk_buff *skb, struct pkt *p)
 	addr_set_v6(&target, nd->target);
 	if (nd->type == ICMPV6_ND_ADVERT)
 		return own_endpoint(skb, &target, eth->h_source) ? TC_ACT_OK : -DROP_INVALID_ND;
-	if (e->flags & ENDPOINT_ADOPTED)
+	if ((e->flags & ENDPOINT_ADOPTED) && nd->type == ICMPV6_ND_SOLICIT)
 		return TC_ACT_OK;
 	/* With extension headers in front it is not what a stack sends (RFC 6980 asks for none). */
 	if (nd->type != ICMPV6_ND_SOLICIT || addr_equal(&target, &p->key.src) || p->l4_off != L3_OFF + sizeof(struct ipv6hdr))

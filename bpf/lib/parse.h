@@ -222,6 +222,9 @@ static __always_inline int parse_linear(struct __sk_buff *skb, struct pkt *p)
 
 	if (!eth)
 		return -DROP_TRUNCATED;
+	/* The kernel has moved the tag out of the packet: what lies behind it belongs to another network. */
+	if (skb->vlan_present)
+		return -DROP_UNKNOWN_ETHERTYPE;
 	p->l3_proto = bpf_ntohs(eth->h_proto);
 	switch (p->l3_proto) {
 	case ETH_P_IP:

@@ -94,7 +94,7 @@ func (p *pipeline) rebuild(a netip.Addr, want wantedEndpoint) {
 	p.round.Rebuilt++
 	p.log.Warn("endpoint was missing and is rebuilt from its record", "address", a, "ifName", want.record.HostIfName,
 		"containerID", want.record.ContainerID)
-	p.raise.add(raise{Endpoints: []int{int(want.Ifindex)}})
+	p.raise.add(raise{Endpoints: []int{int(want.Ifindex), int(bpf.EpochSlotOutside)}})
 	// A DEL may have removed entry and record while we wrote.
 	if _, err := p.store.Load(want.record.ContainerID, want.record.IfName); errors.Is(err, fs.ErrNotExist) {
 		p.m.endpoints.remove(k)

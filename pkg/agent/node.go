@@ -25,16 +25,6 @@ func (p *pipeline) applyNode() {
 		return
 	}
 	p.round.Devices = p.facts.devices
-	if p.facts.routes != p.routes {
-		if err := p.epochs.RaiseRouteEpoch(); err != nil {
-			p.fault("endpoint_epochs", err)
-		} else {
-			p.log.Info("routes changed; flows will be routed anew")
-			p.routes = p.facts.routes
-			p.round.Raised.Routes = true
-			p.saveNumbers()
-		}
-	}
 	want := make(map[bpf.Addr]uint32, len(p.facts.addrs))
 	if p.snapshot.Snapshot != nil {
 		for name, n := range p.snapshot.Nodes {
@@ -49,8 +39,12 @@ func (p *pipeline) applyNode() {
 	for a, flags := range p.facts.addrs {
 		want[bpf.NewAddr(a)] = flags
 	}
+	changed := p.facts.routes != p.routes
 	for k, v := range want {
-		p.m.nodeAddrs.put(k, v)
+		if !p.m.nodeAddrs.holds(k, v) {
+			p.m.nodeAddrs.put(k, v)
+			changed = true
+		}
 	}
 	for _, k := range p.m.nodeAddrs.surplus(want) {
 		// Other nodes are the source's to name.
@@ -58,5 +52,21 @@ func (p *pipeline) applyNode() {
 			continue
 		}
 		p.m.nodeAddrs.remove(k)
+		changed = true
 	}
+	if changed {
+		p.raiseRoutes()
+	}
+}
+
+// raiseRoutes comes after what it is about was written: a flow that is judged again in between would be judged by the old.
+func (p *pipeline) raiseRoutes() {
+	if err := p.epochs.RaiseRouteEpoch(); err != nil {
+		p.fault("endpoint_epochs", err)
+		return
+	}
+	p.log.Info("routes or addresses changed; flows will be routed anew")
+	p.routes = p.facts.routes
+	p.round.Raised.Routes = true
+	p.saveNumbers()
 }

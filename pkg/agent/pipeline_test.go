@@ -384,16 +384,16 @@ func TestNodeFacts(t *testing.T) {
 	if diff := cmp.Diff(want, k.nodeAddrs.entries); diff != "" {
 		t.Errorf("node_addrs (-want +got):\n%s", diff)
 	}
-	if k.routeEpoch != 1 {
-		t.Errorf("route epoch was raised %d times, want once", k.routeEpoch)
+	if k.routeEpoch != 2 {
+		t.Errorf("route epoch was raised %d times, want twice: for this node's addresses, then for the others'", k.routeEpoch)
 	}
 	r.facts = &nodeFacts{routes: "r2", addrs: r.facts.addrs}
 	r.work(false)
 	again := newRig(t, k, run)
 	again.facts = r.facts
 	again.give(s)
-	if k.routeEpoch != 2 {
-		t.Errorf("route epoch was raised %d times, want twice: at the change, not at the restart", k.routeEpoch)
+	if k.routeEpoch != 3 {
+		t.Errorf("route epoch was raised %d times, want three times: at the change, not at the restart", k.routeEpoch)
 	}
 }
 

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "f427dfe2c299d65e17b87aca"
+const build = "87a5993402e908cc1bce2b7d"

@@ -169,6 +169,7 @@ const (
 	dpFlowFlagsFLOW_VIA_STACK      dpFlowFlags = 32
 	dpFlowFlagsFLOW_FROM_HOST      dpFlowFlags = 64
 	dpFlowFlagsFLOW_DENIED_INGRESS dpFlowFlags = 128
+	dpFlowFlagsFLOW_IN_NODE        dpFlowFlags = 256
 )
 
 type dpFlowKey struct {

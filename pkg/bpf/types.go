@@ -98,6 +98,7 @@ const (
 	FlowViaStack      = uint16(dpFlowFlagsFLOW_VIA_STACK)
 	FlowFromHost      = uint16(dpFlowFlagsFLOW_FROM_HOST)
 	FlowDeniedIngress = uint16(dpFlowFlagsFLOW_DENIED_INGRESS)
+	FlowInNode        = uint16(dpFlowFlagsFLOW_IN_NODE)
 
 	FlowTCPSyn         = uint8(dpFlowTcpFLOW_TCP_SYN)
 	FlowTCPFin         = uint8(dpFlowTcpFLOW_TCP_FIN)

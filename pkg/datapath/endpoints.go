@@ -18,18 +18,29 @@ import (
 // this node: some may have been under way to this address before the pod had it.
 func (d *Datapath) PutEndpoint(a netip.Addr, e bpf.Endpoint) error {
 	key := bpf.NewAddr(a)
+	changed := []int{int(e.Ifindex), int(bpf.EpochSlotOutside)}
+	old, taken, err := d.LookupEndpoint(a)
+	if err != nil {
+		return err
+	}
+	if taken && old.Ifindex != e.Ifindex {
+		changed = append(changed, int(old.Ifindex)) // its DEL never came: flows still lead to that device
+	}
 	if err := d.Maps.Endpoints.Update(&key, &e, ebpf.UpdateAny); err != nil {
 		return fullError("endpoints", d.Maps.Endpoints, fmt.Errorf("register endpoint %s: %w", a, err))
 	}
-	return d.RaiseEndpointEpochs(int(e.Ifindex), int(bpf.EpochSlotOutside))
+	return d.RaiseEndpointEpochs(changed...)
 }
 
 // DeleteEndpoint removes an address, but only while it belongs to the device ifindex (0: to any): the address may have a new owner
 // already. A missing entry is no error.
 func (d *Datapath) DeleteEndpoint(a netip.Addr, ifindex int) error {
 	e, ok, err := d.LookupEndpoint(a)
-	if err != nil || !ok || (ifindex != 0 && e.Ifindex != uint32(ifindex)) {
+	if err != nil {
 		return err
+	}
+	if !ok || (ifindex != 0 && e.Ifindex != uint32(ifindex)) {
+		return d.RaiseEndpointEpochs(ifindex) // flows may lead to that device all the same
 	}
 	key := bpf.NewAddr(a)
 	if err := d.Maps.Endpoints.Delete(&key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {

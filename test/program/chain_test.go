@@ -108,8 +108,8 @@ func TestNodeAndPod(t *testing.T) {
 			open := fromClient(kind, at(f.B.Addr(v6), podPort))
 			open = with(open, at(of(nodetest.NodeAddrs, v6), sport), open.Dst)
 			passed(t, f, name+" from the node", progtest.ToPod(f.B), open, open)
-			if got, _ := f.Flow(t, key(open)); got.Flags != bpf.FlowViaStack|bpf.FlowFromHost {
-				t.Errorf("%s from the node: flags = %v, want via_stack and from_host", name, bpf.FlowFlagNames(got.Flags))
+			if got, _ := f.Flow(t, key(open)); got.Flags != bpf.FlowViaStack|bpf.FlowFromHost|bpf.FlowInNode {
+				t.Errorf("%s from the node: flags = %v, want via_stack, from_host and in_node", name, bpf.FlowFlagNames(got.Flags))
 			}
 			back := answer(open)
 			back.SrcMAC, back.DstMAC = f.B.MAC, f.B.HostMAC
