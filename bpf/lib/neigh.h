@@ -97,16 +97,28 @@ static __always_inline int send_advert(struct __sk_buff *skb, const struct endpo
 	return bpf_redirect_peer(skb->ifindex, 0);
 }
 
+/* Would the stack keep the packet? Also true of an address that the node has got since node_addrs was written. */
+static __always_inline int stack_keeps(struct __sk_buff *skb, const struct pkt *p)
+{
+	struct bpf_fib_lookup fib = {.family = AF_INET6, .ifindex = skb->ifindex, .l4_protocol = IPPROTO_ICMPV6};
+
+	__builtin_memcpy(fib.src, p->key.src.w, 16);
+	__builtin_memcpy(fib.dst, p->key.dst.w, 16);
+	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) == BPF_FIB_LKUP_RET_NOT_FWDED;
+}
+
 /*
  * Where discovery may go: the link, the node, its pods. Anywhere else it would be a packet past policy, whatever it says.
  */
-static __always_inline int nd_stays_here(const struct addr *dst)
+static __always_inline int nd_stays_here(struct __sk_buff *skb, const struct pkt *p)
 {
+	const struct addr *dst = &p->key.dst;
+
 	if (dst->b[0] == 0xff)
 		return (dst->b[1] & 0xf) <= 2;
 	if (dst->b[0] == 0xfe && (dst->b[1] & 0xc0) == 0x80)
 		return 1;
-	return (node_addr_flags_of(dst) & NODE_ADDR_LOCAL) || endpoint_of(dst) != NULL;
+	return (node_addr_flags_of(dst) & NODE_ADDR_LOCAL) || endpoint_of(dst) != NULL || stack_keeps(skb, p);
 }
 
 __noinline int answer_nd(struct __sk_buff *skb, struct pkt *p)
@@ -120,7 +132,7 @@ __noinline int answer_nd(struct __sk_buff *skb, struct pkt *p)
 		return -DROP_INVALID_ND;
 	nd = pkt_at(skb, p->l4_off, sizeof(*nd));
 	/* RFC 4861 §7.1: a packet that was ever forwarded is none. */
-	if (!eth || !nd || p->ttl != 255 || !nd_stays_here(&p->key.dst))
+	if (!eth || !nd || p->ttl != 255 || !nd_stays_here(skb, p))
 		return -DROP_INVALID_ND;
 	e = own_endpoint(skb, &p->key.src, eth->h_source);
 	if (!e)

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "87a5993402e908cc1bce2b7d"
+const build = "e2e4dbbb02e908cc1bce2b7d"
