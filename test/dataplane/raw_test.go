@@ -174,3 +174,33 @@ func TestFlowFollowsAnAddressThatMoved(t *testing.T) {
 		}
 	})
 }
+
+// A SYN against the direction of an established flow opens a connection of its own: its sender's egress policy decides, not what allowed
+// the flow.
+func TestSYNAgainstTheDirectionIsJudgedAnew(t *testing.T) {
+	t.Parallel()
+	n := nodetest.New(t)
+	a, b := n.AddPod("a"), n.AddPod("b")
+	nodetest.Serve(t, b.NS, "b", 8080)
+	n.IdentifyPod(b, identityB, policyB, bpf.PolicyNone) // b may answer, but open nothing
+	from, to := newWire(t, b.NS), newWire(t, a.NS)
+	families(t, func(t *testing.T, v6 bool) {
+		conn, err := nodetest.Dial(t, a.NS, "tcp", netip.AddrPortFrom(b.Addr(v6), 8080), 4000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := conn.Ask()
+		wantAnswer(t, "the established connection", got, err, "b "+a.Addr(v6).String())
+		before := n.AllDrops()["policy"]
+		from.send(pkt.Packet{Kind: pkt.TCP, TTL: 64, Flags: pkt.SYN, SrcMAC: b.MAC, DstMAC: b.HostMAC,
+			Src: netip.AddrPortFrom(b.Addr(v6), 8080), Dst: netip.AddrPortFrom(a.Addr(v6), 4000), Payload: []byte("opens the other way")}.Bytes())
+		if to.sees("opens the other way") {
+			t.Error("the SYN reached the pod")
+		}
+		if n.AllDrops()["policy"] == before {
+			t.Error("no drop was counted as policy")
+		}
+		got, err = conn.Ask()
+		wantAnswer(t, "the established connection afterwards", got, err, "b "+a.Addr(v6).String())
+	})
+}
