@@ -61,6 +61,43 @@ struct {
 	__type(value, __u32);
 } node_addrs SEC(".maps");
 
+/* Index → another node. Written by the agent before whatever names the index; a node that goes leaves zeroes. 160 KiB. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct node);
+} nodes SEC(".maps");
+
+/* Prefix → where it is: other nodes' pod ranges, this node's own, ranges that are not masqueraded. Written and deleted by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct route_key);
+	__type(value, struct route);
+} routes SEC(".maps");
+
+/* Device → the addresses that masqueraded traffic leaves it with. Written and deleted by the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct egress_addrs);
+} egress_addrs SEC(".maps");
+
+/*
+ * Port / 64 → bit (port % 64) is set where masquerade must not take the port: the node's reserved ports
+ * (net.ipv4.ip_local_reserved_ports) and its NodePorts. Written by the agent. 8 KiB.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, __u64);
+} reserved_ports SEC(".maps");
+
 /* Frontend → service. Written and deleted by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 
-/* The program on the node's network devices. */
+/* The two programs on each of the node's network devices. */
 
 #include "lib/established.h"
 #include "lib/refuse.h"
@@ -35,4 +35,12 @@ int from_netdev(struct __sk_buff *skb)
 	struct pkt p = {.hook = HOOK_FROM_NETDEV, .direction = INGRESS};
 
 	return finish(skb, &p, handle_from_netdev(skb, &p));
+}
+
+/* tc egress of it: what leaves the node. */
+SEC("tc")
+int to_netdev(struct __sk_buff *skb)
+{
+	(void)skb;
+	return TC_ACT_OK;
 }

@@ -32,6 +32,7 @@ enum hook {
 	HOOK_FROM_NETDEV = 3,
 	HOOK_TO_NETDEV = 4,
 	HOOK_FROM_OVERLAY = 5,
+	HOOK_TO_OVERLAY = 6,
 };
 
 /* Identities below IDENTITY_FIRST have a fixed meaning; the agent allocates the others, node-locally. */
@@ -81,7 +82,13 @@ enum drop_reason {
 	DROP_SOURCE_IS_LOCAL = 22,     /* packet from outside claims an address of this node or of one of its pods */
 	DROP_NAT_COLLISION = 23,       /* the translated tuple is taken by another flow */
 	DROP_SERVICE_UNKNOWN_PORT = 24, /* port that the service address does not serve */
-	DROP_REASONS = 25,	       /* count; keep last */
+	DROP_OVERLAY_SOURCE = 25,      /* encapsulated by an address that is no node's, or with an inner source that is not that node's */
+	DROP_OVERLAY_VNI = 26,	       /* encapsulated under a network number that is not ours */
+	DROP_NOT_ENCAPSULATED = 27,    /* from outside, under an address of another node's pods, which come through the overlay only */
+	DROP_NO_SOURCE_PORT = 28,      /* masquerade: every source port that may be used towards this destination is taken */
+	DROP_NO_EGRESS_ADDRESS = 29,   /* masquerade: this node has no address to send from */
+	DROP_TOO_BIG = 30,	       /* does not fit the way ahead; the sender was told */
+	DROP_REASONS = 31,	       /* count; keep last */
 };
 
 /* A packet's addresses as the flow table sees them. ICMP echo: the identifier is both ports. */
@@ -98,6 +105,7 @@ enum flow_action {
 	FLOW_TO_STACK = 1, /* the host's own stack */
 	FLOW_TO_POD = 2,   /* MACs, then bpf_redirect_peer(out_ifindex) */
 	FLOW_TO_NETDEV = 3, /* bpf_redirect_neigh(out_ifindex), next hop by the kernel's route */
+	FLOW_TO_NODE = 4,   /* encapsulated to out_node, by the overlay device out_ifindex */
 };
 
 enum flow_flags {
@@ -110,6 +118,10 @@ enum flow_flags {
 	FLOW_FROM_HOST = 64, /* opened by a process of the node itself: policy does not apply (contract row N10) */
 	FLOW_DENIED_INGRESS = 128, /* with FLOW_DENIED: by the receiver's ingress policy */
 	FLOW_IN_NODE = 256, /* packets come from the node itself: nobody outside may send them */
+	FLOW_IN_OVERLAY = 512,	/* packets come through the overlay, from in_node */
+	FLOW_MASQUERADE = 1024, /* the opener's source becomes this node's address */
+	FLOW_FORWARDED = 2048,	/* with FLOW_TO_NODE: service traffic under the client's own address, VNI_FORWARDED */
+	FLOW_DSR = 4096,	/* a forwarded flow whose answers the pod's node sends to the client itself */
 };
 
 /* TCP flags seen in one direction of a flow. */
@@ -138,13 +150,15 @@ struct flow {
 	__u8 action;		/* enum flow_action */
 	__u8 tcp;		/* enum flow_tcp */
 	__u16 flags;		/* enum flow_flags */
-	__u8 pad[2];
-	__u32 tick;		/* when last_seen was written, in a unit of the programs' own */
+	__u16 mtu;		/* of the way ahead, bytes from the IP header; 0: not checked */
+	__u16 tick;		/* when last_seen was written, in a unit of the programs' own */
+	__be16 backend_port;	/* with backend */
 	__u32 csum_diff;	/* with FLOW_NAT: one's complement difference of the addresses */
 	struct flow_key xlate;	/* the tuple after translation; equals the key without FLOW_NAT */
-	struct addr nexthop;	/* reserved: next hop or node address of the forwarding action */
+	struct addr backend;	/* with FLOW_FORWARDED and FLOW_SERVICE: chosen here, translated to by out_node; else zero */
 	__u32 rule_id;		/* rule that allowed, or with FLOW_DENIED denied, it; 0 = no policy */
-	__u32 reserved;
+	__u16 in_node;		/* with FLOW_IN_OVERLAY: index of nodes */
+	__u16 out_node;		/* with FLOW_TO_NODE: index of nodes */
 };
 
 /* A pod interface. Key of the map: each of its addresses. */
@@ -190,10 +204,45 @@ struct ipcache_entry {
 	struct addr node; /* node that the address lives on; zero: this one, or outside the cluster */
 };
 
+/* Value of node_addrs: these flags, and with NODE_ADDR_REMOTE the node's index of nodes in the upper 16 bits. */
 enum node_addr_flags {
 	NODE_ADDR_LOCAL = 1,	/* address of this node */
 	NODE_ADDR_NODEPORT = 2, /* NodePorts are served on it */
 	NODE_ADDR_REMOTE = 4,	/* address of another node */
+	NODE_ADDR_OVERLAY = 8,	/* with NODE_ADDR_REMOTE: pods reach it through the overlay */
+};
+
+#define NODE_ADDR_INDEX_SHIFT 16
+
+/* Another node. Index of the map nodes: from 1; flows, routes and node_addrs name nodes by it. */
+struct node {
+	struct addr addr;  /* outer destination, and the only outer source that is believed; zero: no such node */
+	struct addr local; /* outer source: this node's address of the same family */
+	__u32 mtu;	   /* largest inner packet that fits the way there, bytes from the IP header */
+	__u32 reserved;
+};
+
+struct route_key {
+	__u32 prefixlen; /* bits of addr; IPv4: 96 + its own length */
+	struct addr addr;
+};
+
+/* Where a prefix is. No entry: outside the cluster. */
+struct route {
+	__u16 node;  /* index of nodes: pods of that node; 0: none's */
+	__u16 flags; /* enum route_flags */
+};
+
+enum route_flags {
+	ROUTE_OVERLAY = 1,	 /* encapsulated to the node; else by the kernel's routes */
+	ROUTE_LOCAL = 2,	 /* this node's pod range: an address without endpoint is nowhere */
+	ROUTE_NO_MASQUERADE = 4, /* pods keep their own address towards it */
+};
+
+/* The addresses that pods' traffic leaves a device with when it is masqueraded; zero: none of that family. */
+struct egress_addrs {
+	struct addr v4;
+	struct addr v6;
 };
 
 /*
@@ -225,11 +274,21 @@ struct service {
 enum service_flags {
 	SERVICE_DROP_EXTERNAL = 1, /* empty list for SCOPE_EXTERNAL means drop, not refuse: there are endpoints elsewhere */
 	SERVICE_DROP_INTERNAL = 2, /* the same for SCOPE_INTERNAL */
+	SERVICE_EXTERNAL_LOCAL = 4, /* external traffic policy Local */
+	SERVICE_DSR = 8, /* the pod's node answers clients outside itself */
 };
 
 struct backend_key {
 	__u32 list;
-	__u32 slot; /* 0 … count - 1 */
+	__u32 slot; /* 0 … count - 1; with BACKEND_BY_HASH the hash */
+};
+
+/*
+ * List that holds, by their hashes (backend_hash in lib/lb.h, bpf.BackendHash in Go), the backends of a service that are on this node:
+ * BACKEND_BY_HASH | service id. So a node that only forwards tells ours which backend it has chosen.
+ */
+enum backend_list {
+	BACKEND_BY_HASH = 0x80000000,
 };
 
 struct backend {
@@ -287,11 +346,22 @@ struct counter {
 /* What the agent has switched on. One entry. */
 struct node_state {
 	__u32 flags; /* enum node_flags */
-	__u32 reserved[3];
+	__u32 overlay_ifindex; /* the VXLAN device; 0: there is none */
+	__u32 vni;	       /* first of enum overlay_vni */
+	__be16 overlay_port;   /* UDP */
+	__u16 reserved;
 };
 
 enum node_flags {
 	NODE_VERDICT_EVENTS = 1, /* write an event for every new flow that policy let pass */
+	NODE_MASQUERADE = 2,	 /* pods' traffic to outside the cluster leaves with this node's address */
+};
+
+/* VXLAN network numbers: node_state.vni plus one of these. */
+enum overlay_vni {
+	VNI_PODS = 0,	   /* from and to addresses of the two nodes and their pods */
+	VNI_FORWARDED = 1, /* service traffic from and to any client; answers come back through the node that forwarded it */
+	VNI_DSR = 2,	   /* the same, but the pod's node answers the client itself */
 };
 
 /*
@@ -369,3 +439,6 @@ _Static_assert(sizeof(struct backend) == 20, "backend");
 _Static_assert(sizeof(struct service_backend) == 24, "service_backend");
 _Static_assert(sizeof(struct policy_key) == 16, "policy_key");
 _Static_assert(sizeof(struct event) == 64, "event");
+_Static_assert(sizeof(struct node) == 40, "node");
+_Static_assert(sizeof(struct route) == 4, "route");
+_Static_assert(sizeof(struct node_state) == 16, "node_state");

@@ -28,4 +28,10 @@ var hints = map[string]string{
 	"source_is_local":      "from outside, but claims an address of this node",
 	"nat_collision":        "translated ports are taken; the client's retry helps",
 	"service_unknown_port": "the service has no such port; see margayctl services",
+	"overlay_source":       "encapsulated by no known node, or not from its own pods",
+	"overlay_vni":          "VXLAN network number is not ours; see --vxlan-vni",
+	"not_encapsulated":     "another node's pod address from outside the overlay",
+	"no_source_port":       "masquerade has no free port towards the destination",
+	"no_egress_address":    "the node has no address of this family to send from",
+	"too_big":              "does not fit the path's MTU; the sender was told",
 }

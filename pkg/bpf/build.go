@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "e2e4dbbb02e908cc1bce2b7d"
+const build = "564fb1794123cc5373d2d815"

@@ -21,6 +21,7 @@ var goForms = map[string]any{
 	"ipcache_key": IPCacheKey{}, "ipcache_entry": IPCacheEntry{}, "frontend_key": FrontendKey{}, "service": Service{},
 	"backend_key": BackendKey{}, "backend": Backend{}, "service_backend": ServiceBackend{}, "policy_key": PolicyKey{},
 	"policy_entry": PolicyEntry{}, "counter": Counter{}, "node_state": NodeState{}, "event": Event{}, "sweep": Sweep{},
+	"node": Node{}, "route_key": RouteKey{}, "route": Route{}, "egress_addrs": EgressAddrs{},
 }
 
 // unseen are the structs that only the programs use.

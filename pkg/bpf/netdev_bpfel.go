@@ -18,6 +18,7 @@ import (
 const (
 	netdevMapBackends        = "backends"
 	netdevMapCounters        = "counters"
+	netdevMapEgressAddrs     = "egress_addrs"
 	netdevMapEndpointEpochs  = "endpoint_epochs"
 	netdevMapEndpoints       = "endpoints"
 	netdevMapEventBudget     = "event_budget"
@@ -26,13 +27,17 @@ const (
 	netdevMapIpcache         = "ipcache"
 	netdevMapNodeAddrs       = "node_addrs"
 	netdevMapNodeState       = "node_state"
+	netdevMapNodes           = "nodes"
 	netdevMapPending         = "pending"
 	netdevMapPolicy          = "policy"
+	netdevMapReservedPorts   = "reserved_ports"
+	netdevMapRoutes          = "routes"
 	netdevMapScratch         = "scratch"
 	netdevMapServiceBackends = "service_backends"
 	netdevMapServiceEpochs   = "service_epochs"
 	netdevMapServices        = "services"
 	netdevProgFromNetdev     = "from_netdev"
+	netdevProgToNetdev       = "to_netdev"
 	netdevVarCfgDropEvents   = "cfg_drop_events"
 	netdevVarCfgEventRate    = "cfg_event_rate"
 )
@@ -80,6 +85,7 @@ type netdevSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type netdevProgramSpecs struct {
 	FromNetdev *ebpf.ProgramSpec `ebpf:"from_netdev"`
+	ToNetdev   *ebpf.ProgramSpec `ebpf:"to_netdev"`
 }
 
 // netdevMapSpecs contains maps before they are loaded into the kernel.
@@ -88,6 +94,7 @@ type netdevProgramSpecs struct {
 type netdevMapSpecs struct {
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
+	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.MapSpec `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
@@ -96,8 +103,11 @@ type netdevMapSpecs struct {
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
+	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
+	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
+	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
@@ -134,6 +144,7 @@ func (o *netdevObjects) Close() error {
 type netdevMaps struct {
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
+	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.Map `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
@@ -142,8 +153,11 @@ type netdevMaps struct {
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
+	Nodes           *ebpf.Map `ebpf:"nodes"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
+	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
+	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
@@ -154,6 +168,7 @@ func (m *netdevMaps) Close() error {
 	return _NetdevClose(
 		m.Backends,
 		m.Counters,
+		m.EgressAddrs,
 		m.EndpointEpochs,
 		m.Endpoints,
 		m.EventBudget,
@@ -162,8 +177,11 @@ func (m *netdevMaps) Close() error {
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,
+		m.Nodes,
 		m.Pending,
 		m.Policy,
+		m.ReservedPorts,
+		m.Routes,
 		m.Scratch,
 		m.ServiceBackends,
 		m.ServiceEpochs,
@@ -184,11 +202,13 @@ type netdevVariables struct {
 // It can be passed to loadNetdevObjects or ebpf.CollectionSpec.LoadAndAssign.
 type netdevPrograms struct {
 	FromNetdev *ebpf.Program `ebpf:"from_netdev"`
+	ToNetdev   *ebpf.Program `ebpf:"to_netdev"`
 }
 
 func (p *netdevPrograms) Close() error {
 	return _NetdevClose(
 		p.FromNetdev,
+		p.ToNetdev,
 	)
 }
 

@@ -6,10 +6,13 @@ import "github.com/cilium/ebpf"
 
 // Program names, as pinned and as in bpf/*.bpf.c.
 const (
-	ProgFromPod    = "from_pod"
-	ProgToPod      = "to_pod"
-	ProgFromNetdev = "from_netdev"
-	ProgSweepFlows = "sweep_flows"
+	ProgFromPod     = "from_pod"
+	ProgToPod       = "to_pod"
+	ProgFromNetdev  = "from_netdev"
+	ProgToNetdev    = "to_netdev"
+	ProgFromOverlay = "from_overlay"
+	ProgToOverlay   = "to_overlay"
+	ProgSweepFlows  = "sweep_flows"
 )
 
 // MapSpecs returns the definition of every map in bpf/maps.h, by name.
@@ -30,7 +33,7 @@ func MapSpecs() (map[string]*ebpf.MapSpec, error) {
 // ProgramSpecs returns the embedded objects that hold programs. Each call parses them anew: the caller owns what it gets.
 func ProgramSpecs() ([]*ebpf.CollectionSpec, error) {
 	var specs []*ebpf.CollectionSpec
-	for _, load := range []func() (*ebpf.CollectionSpec, error){loadPod, loadNetdev, loadSweep} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadPod, loadNetdev, loadOverlay, loadSweep} {
 		spec, err := load()
 		if err != nil {
 			return nil, err

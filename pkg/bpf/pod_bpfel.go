@@ -18,6 +18,7 @@ import (
 const (
 	podMapBackends        = "backends"
 	podMapCounters        = "counters"
+	podMapEgressAddrs     = "egress_addrs"
 	podMapEndpointEpochs  = "endpoint_epochs"
 	podMapEndpoints       = "endpoints"
 	podMapEventBudget     = "event_budget"
@@ -26,8 +27,11 @@ const (
 	podMapIpcache         = "ipcache"
 	podMapNodeAddrs       = "node_addrs"
 	podMapNodeState       = "node_state"
+	podMapNodes           = "nodes"
 	podMapPending         = "pending"
 	podMapPolicy          = "policy"
+	podMapReservedPorts   = "reserved_ports"
+	podMapRoutes          = "routes"
 	podMapScratch         = "scratch"
 	podMapServiceBackends = "service_backends"
 	podMapServiceEpochs   = "service_epochs"
@@ -90,6 +94,7 @@ type podProgramSpecs struct {
 type podMapSpecs struct {
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
+	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.MapSpec `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
@@ -98,8 +103,11 @@ type podMapSpecs struct {
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
+	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
+	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
+	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
@@ -136,6 +144,7 @@ func (o *podObjects) Close() error {
 type podMaps struct {
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
+	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.Map `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
@@ -144,8 +153,11 @@ type podMaps struct {
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
+	Nodes           *ebpf.Map `ebpf:"nodes"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
+	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
+	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
@@ -156,6 +168,7 @@ func (m *podMaps) Close() error {
 	return _PodClose(
 		m.Backends,
 		m.Counters,
+		m.EgressAddrs,
 		m.EndpointEpochs,
 		m.Endpoints,
 		m.EventBudget,
@@ -164,8 +177,11 @@ func (m *podMaps) Close() error {
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,
+		m.Nodes,
 		m.Pending,
 		m.Policy,
+		m.ReservedPorts,
+		m.Routes,
 		m.Scratch,
 		m.ServiceBackends,
 		m.ServiceEpochs,

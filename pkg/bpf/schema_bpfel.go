@@ -31,6 +31,12 @@ type dpBackendKey struct {
 	Slot uint32
 }
 
+type dpBackendList uint32
+
+const (
+	dpBackendListBACKEND_BY_HASH dpBackendList = 2147483648
+)
+
 type dpCounter struct {
 	_       structs.HostLayout
 	Packets uint64
@@ -72,8 +78,20 @@ const (
 	dpDropReasonDROP_SOURCE_IS_LOCAL      dpDropReason = 22
 	dpDropReasonDROP_NAT_COLLISION        dpDropReason = 23
 	dpDropReasonDROP_SERVICE_UNKNOWN_PORT dpDropReason = 24
-	dpDropReasonDROP_REASONS              dpDropReason = 25
+	dpDropReasonDROP_OVERLAY_SOURCE       dpDropReason = 25
+	dpDropReasonDROP_OVERLAY_VNI          dpDropReason = 26
+	dpDropReasonDROP_NOT_ENCAPSULATED     dpDropReason = 27
+	dpDropReasonDROP_NO_SOURCE_PORT       dpDropReason = 28
+	dpDropReasonDROP_NO_EGRESS_ADDRESS    dpDropReason = 29
+	dpDropReasonDROP_TOO_BIG              dpDropReason = 30
+	dpDropReasonDROP_REASONS              dpDropReason = 31
 )
+
+type dpEgressAddrs struct {
+	_  structs.HostLayout
+	V4 dpAddr
+	V6 dpAddr
+}
 
 type dpEndpoint struct {
 	_        structs.HostLayout
@@ -141,13 +159,15 @@ type dpFlow struct {
 	Action        uint8
 	Tcp           uint8
 	Flags         uint16
-	Pad           [2]uint8
-	Tick          uint32
+	Mtu           uint16
+	Tick          uint16
+	BackendPort   uint16
 	CsumDiff      uint32
 	Xlate         dpFlowKey
-	Nexthop       dpAddr
+	Backend       dpAddr
 	RuleId        uint32
-	Reserved      uint32
+	InNode        uint16
+	OutNode       uint16
 }
 
 type dpFlowAction uint32
@@ -156,6 +176,7 @@ const (
 	dpFlowActionFLOW_TO_STACK  dpFlowAction = 1
 	dpFlowActionFLOW_TO_POD    dpFlowAction = 2
 	dpFlowActionFLOW_TO_NETDEV dpFlowAction = 3
+	dpFlowActionFLOW_TO_NODE   dpFlowAction = 4
 )
 
 type dpFlowFlags uint32
@@ -170,6 +191,10 @@ const (
 	dpFlowFlagsFLOW_FROM_HOST      dpFlowFlags = 64
 	dpFlowFlagsFLOW_DENIED_INGRESS dpFlowFlags = 128
 	dpFlowFlagsFLOW_IN_NODE        dpFlowFlags = 256
+	dpFlowFlagsFLOW_IN_OVERLAY     dpFlowFlags = 512
+	dpFlowFlagsFLOW_MASQUERADE     dpFlowFlags = 1024
+	dpFlowFlagsFLOW_FORWARDED      dpFlowFlags = 2048
+	dpFlowFlagsFLOW_DSR            dpFlowFlags = 4096
 )
 
 type dpFlowKey struct {
@@ -207,6 +232,7 @@ const (
 	dpHookHOOK_FROM_NETDEV  dpHook = 3
 	dpHookHOOK_TO_NETDEV    dpHook = 4
 	dpHookHOOK_FROM_OVERLAY dpHook = 5
+	dpHookHOOK_TO_OVERLAY   dpHook = 6
 )
 
 type dpIdentity uint32
@@ -255,25 +281,46 @@ type dpNewFlow struct {
 	Key           dpFlowKey
 }
 
+type dpNode struct {
+	_        structs.HostLayout
+	Addr     dpAddr
+	Local    dpAddr
+	Mtu      uint32
+	Reserved uint32
+}
+
 type dpNodeAddrFlags uint32
 
 const (
 	dpNodeAddrFlagsNODE_ADDR_LOCAL    dpNodeAddrFlags = 1
 	dpNodeAddrFlagsNODE_ADDR_NODEPORT dpNodeAddrFlags = 2
 	dpNodeAddrFlagsNODE_ADDR_REMOTE   dpNodeAddrFlags = 4
+	dpNodeAddrFlagsNODE_ADDR_OVERLAY  dpNodeAddrFlags = 8
 )
 
 type dpNodeFlags uint32
 
 const (
 	dpNodeFlagsNODE_VERDICT_EVENTS dpNodeFlags = 1
+	dpNodeFlagsNODE_MASQUERADE     dpNodeFlags = 2
 )
 
 type dpNodeState struct {
-	_        structs.HostLayout
-	Flags    uint32
-	Reserved [3]uint32
+	_              structs.HostLayout
+	Flags          uint32
+	OverlayIfindex uint32
+	Vni            uint32
+	OverlayPort    uint16
+	Reserved       uint16
 }
+
+type dpOverlayVni uint32
+
+const (
+	dpOverlayVniVNI_PODS      dpOverlayVni = 0
+	dpOverlayVniVNI_FORWARDED dpOverlayVni = 1
+	dpOverlayVniVNI_DSR       dpOverlayVni = 2
+)
 
 type dpPending struct {
 	_        structs.HostLayout
@@ -336,6 +383,26 @@ const (
 	dpPolicyVerdictVERDICT_DENY  dpPolicyVerdict = 2
 )
 
+type dpRoute struct {
+	_     structs.HostLayout
+	Node  uint16
+	Flags uint16
+}
+
+type dpRouteFlags uint32
+
+const (
+	dpRouteFlagsROUTE_OVERLAY       dpRouteFlags = 1
+	dpRouteFlagsROUTE_LOCAL         dpRouteFlags = 2
+	dpRouteFlagsROUTE_NO_MASQUERADE dpRouteFlags = 4
+)
+
+type dpRouteKey struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Addr      dpAddr
+}
+
 type dpService struct {
 	_        structs.HostLayout
 	Id       uint32
@@ -357,8 +424,10 @@ type dpServiceBackend struct {
 type dpServiceFlags uint32
 
 const (
-	dpServiceFlagsSERVICE_DROP_EXTERNAL dpServiceFlags = 1
-	dpServiceFlagsSERVICE_DROP_INTERNAL dpServiceFlags = 2
+	dpServiceFlagsSERVICE_DROP_EXTERNAL  dpServiceFlags = 1
+	dpServiceFlagsSERVICE_DROP_INTERNAL  dpServiceFlags = 2
+	dpServiceFlagsSERVICE_EXTERNAL_LOCAL dpServiceFlags = 4
+	dpServiceFlagsSERVICE_DSR            dpServiceFlags = 8
 )
 
 type dpServiceScope uint32
@@ -382,6 +451,7 @@ type dpSweep struct {
 const (
 	dpMapBackends        = "backends"
 	dpMapCounters        = "counters"
+	dpMapEgressAddrs     = "egress_addrs"
 	dpMapEndpointEpochs  = "endpoint_epochs"
 	dpMapEndpoints       = "endpoints"
 	dpMapEventBudget     = "event_budget"
@@ -390,8 +460,11 @@ const (
 	dpMapIpcache         = "ipcache"
 	dpMapNodeAddrs       = "node_addrs"
 	dpMapNodeState       = "node_state"
+	dpMapNodes           = "nodes"
 	dpMapPending         = "pending"
 	dpMapPolicy          = "policy"
+	dpMapReservedPorts   = "reserved_ports"
+	dpMapRoutes          = "routes"
 	dpMapScratch         = "scratch"
 	dpMapServiceBackends = "service_backends"
 	dpMapServiceEpochs   = "service_epochs"
@@ -448,6 +521,7 @@ type dpProgramSpecs struct {
 type dpMapSpecs struct {
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
+	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.MapSpec `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
@@ -456,8 +530,11 @@ type dpMapSpecs struct {
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
+	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
+	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
+	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
@@ -492,6 +569,7 @@ func (o *dpObjects) Close() error {
 type dpMaps struct {
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
+	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.Map `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
@@ -500,8 +578,11 @@ type dpMaps struct {
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
+	Nodes           *ebpf.Map `ebpf:"nodes"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
+	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
+	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
@@ -512,6 +593,7 @@ func (m *dpMaps) Close() error {
 	return _DpClose(
 		m.Backends,
 		m.Counters,
+		m.EgressAddrs,
 		m.EndpointEpochs,
 		m.Endpoints,
 		m.EventBudget,
@@ -520,8 +602,11 @@ func (m *dpMaps) Close() error {
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,
+		m.Nodes,
 		m.Pending,
 		m.Policy,
+		m.ReservedPorts,
+		m.Routes,
 		m.Scratch,
 		m.ServiceBackends,
 		m.ServiceEpochs,

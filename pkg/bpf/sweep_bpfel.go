@@ -18,6 +18,7 @@ import (
 const (
 	sweepMapBackends        = "backends"
 	sweepMapCounters        = "counters"
+	sweepMapEgressAddrs     = "egress_addrs"
 	sweepMapEndpointEpochs  = "endpoint_epochs"
 	sweepMapEndpoints       = "endpoints"
 	sweepMapEventBudget     = "event_budget"
@@ -26,8 +27,11 @@ const (
 	sweepMapIpcache         = "ipcache"
 	sweepMapNodeAddrs       = "node_addrs"
 	sweepMapNodeState       = "node_state"
+	sweepMapNodes           = "nodes"
 	sweepMapPending         = "pending"
 	sweepMapPolicy          = "policy"
+	sweepMapReservedPorts   = "reserved_ports"
+	sweepMapRoutes          = "routes"
 	sweepMapScratch         = "scratch"
 	sweepMapServiceBackends = "service_backends"
 	sweepMapServiceEpochs   = "service_epochs"
@@ -86,6 +90,7 @@ type sweepProgramSpecs struct {
 type sweepMapSpecs struct {
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
+	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.MapSpec `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.MapSpec `ebpf:"endpoints"`
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
@@ -94,8 +99,11 @@ type sweepMapSpecs struct {
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
+	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
+	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
+	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
@@ -130,6 +138,7 @@ func (o *sweepObjects) Close() error {
 type sweepMaps struct {
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
+	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
 	EndpointEpochs  *ebpf.Map `ebpf:"endpoint_epochs"`
 	Endpoints       *ebpf.Map `ebpf:"endpoints"`
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
@@ -138,8 +147,11 @@ type sweepMaps struct {
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
+	Nodes           *ebpf.Map `ebpf:"nodes"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
+	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
+	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
@@ -150,6 +162,7 @@ func (m *sweepMaps) Close() error {
 	return _SweepClose(
 		m.Backends,
 		m.Counters,
+		m.EgressAddrs,
 		m.EndpointEpochs,
 		m.Endpoints,
 		m.EventBudget,
@@ -158,8 +171,11 @@ func (m *sweepMaps) Close() error {
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,
+		m.Nodes,
 		m.Pending,
 		m.Policy,
+		m.ReservedPorts,
+		m.Routes,
 		m.Scratch,
 		m.ServiceBackends,
 		m.ServiceEpochs,

@@ -28,6 +28,10 @@ type (
 	PolicyEntry    = dpPolicyEntry
 	Counter        = dpCounter
 	NodeState      = dpNodeState
+	Node           = dpNode
+	RouteKey       = dpRouteKey
+	Route          = dpRoute
+	EgressAddrs    = dpEgressAddrs
 	Event          = dpEvent
 	Sweep          = dpSweep
 )
@@ -67,17 +71,33 @@ const (
 	NodeAddrLocal    = uint32(dpNodeAddrFlagsNODE_ADDR_LOCAL)
 	NodeAddrNodePort = uint32(dpNodeAddrFlagsNODE_ADDR_NODEPORT)
 	NodeAddrRemote   = uint32(dpNodeAddrFlagsNODE_ADDR_REMOTE)
+	NodeAddrOverlay  = uint32(dpNodeAddrFlagsNODE_ADDR_OVERLAY)
+	// NodeAddrIndexShift is where a node_addrs value has the other node's index of the map nodes.
+	NodeAddrIndexShift = 16
+
+	RouteOverlay      = uint16(dpRouteFlagsROUTE_OVERLAY)
+	RouteLocal        = uint16(dpRouteFlagsROUTE_LOCAL)
+	RouteNoMasquerade = uint16(dpRouteFlagsROUTE_NO_MASQUERADE)
+
+	VNIPods      = uint32(dpOverlayVniVNI_PODS)
+	VNIForwarded = uint32(dpOverlayVniVNI_FORWARDED)
+	VNIDSR       = uint32(dpOverlayVniVNI_DSR)
+
+	BackendByHash = uint32(dpBackendListBACKEND_BY_HASH)
 
 	EpochSlotOutside = uint32(dpEpochSlotsEPOCH_SLOT_OUTSIDE)
 	EpochSlotRoutes  = uint32(dpEpochSlotsEPOCH_SLOT_ROUTES)
 
 	NodeVerdictEvents = uint32(dpNodeFlagsNODE_VERDICT_EVENTS)
+	NodeMasquerade    = uint32(dpNodeFlagsNODE_MASQUERADE)
 
 	ScopeExternal = uint32(dpServiceScopeSCOPE_EXTERNAL)
 	ScopeInternal = uint32(dpServiceScopeSCOPE_INTERNAL)
 
-	ServiceDropExternal = uint32(dpServiceFlagsSERVICE_DROP_EXTERNAL)
-	ServiceDropInternal = uint32(dpServiceFlagsSERVICE_DROP_INTERNAL)
+	ServiceDropExternal  = uint32(dpServiceFlagsSERVICE_DROP_EXTERNAL)
+	ServiceDropInternal  = uint32(dpServiceFlagsSERVICE_DROP_INTERNAL)
+	ServiceExternalLocal = uint32(dpServiceFlagsSERVICE_EXTERNAL_LOCAL)
+	ServiceDSR           = uint32(dpServiceFlagsSERVICE_DSR)
 
 	PolicyPrefixBase  = uint32(dpPolicyPrefixPOLICY_PREFIX_BASE)
 	PolicyPrefixProto = uint32(dpPolicyPrefixPOLICY_PREFIX_PROTO)
@@ -89,6 +109,7 @@ const (
 	FlowToStack  = uint8(dpFlowActionFLOW_TO_STACK)
 	FlowToPod    = uint8(dpFlowActionFLOW_TO_POD)
 	FlowToNetdev = uint8(dpFlowActionFLOW_TO_NETDEV)
+	FlowToNode   = uint8(dpFlowActionFLOW_TO_NODE)
 
 	FlowReply         = uint16(dpFlowFlagsFLOW_REPLY)
 	FlowNAT           = uint16(dpFlowFlagsFLOW_NAT)
@@ -99,6 +120,10 @@ const (
 	FlowFromHost      = uint16(dpFlowFlagsFLOW_FROM_HOST)
 	FlowDeniedIngress = uint16(dpFlowFlagsFLOW_DENIED_INGRESS)
 	FlowInNode        = uint16(dpFlowFlagsFLOW_IN_NODE)
+	FlowInOverlay     = uint16(dpFlowFlagsFLOW_IN_OVERLAY)
+	FlowMasquerade    = uint16(dpFlowFlagsFLOW_MASQUERADE)
+	FlowForwarded     = uint16(dpFlowFlagsFLOW_FORWARDED)
+	FlowDSR           = uint16(dpFlowFlagsFLOW_DSR)
 
 	FlowTCPSyn         = uint8(dpFlowTcpFLOW_TCP_SYN)
 	FlowTCPFin         = uint8(dpFlowTcpFLOW_TCP_FIN)
@@ -173,6 +198,27 @@ func (b dpBackend) AddrPort() netip.AddrPort {
 // NewServiceBackend returns the member of the set of backends that still serve.
 func NewServiceBackend(service uint32, ap netip.AddrPort) ServiceBackend {
 	return ServiceBackend{ServiceId: service, Addr: NewAddr(ap.Addr()), Port: Port16(ap.Port())}
+}
+
+// BackendHash is the slot of a backend in its service's BackendByHash list; lib/lb.h computes the same. Never 0.
+func BackendHash(ap netip.AddrPort) uint32 {
+	b := addr.As16(ap.Addr())
+	h := uint32(Port16(ap.Port()))
+	for i := 0; i < len(b); i += 4 {
+		h = (h ^ binary.NativeEndian.Uint32(b[i:])) * 0x9e3779b1
+	}
+	return max(h>>16, 1)
+}
+
+// NewRouteKey returns the LPM key of p.
+func NewRouteKey(p netip.Prefix) RouteKey {
+	b, bits := addr.MapPrefix(p)
+	return RouteKey{Prefixlen: uint32(bits), Addr: Addr{B: b}}
+}
+
+// Prefix returns the prefix that the key stands for.
+func (k dpRouteKey) Prefix() (netip.Prefix, error) {
+	return addr.UnmapPrefix(k.Addr.B, int(k.Prefixlen))
 }
 
 // NewIPCacheKey returns the LPM key of p.

@@ -32,8 +32,9 @@ type hookPoint struct {
 }
 
 var (
-	podHooks    = []hookPoint{{bpf.ProgFromPod, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToPod, netlink.HANDLE_MIN_EGRESS}}
-	netdevHooks = []hookPoint{{bpf.ProgFromNetdev, netlink.HANDLE_MIN_INGRESS}}
+	podHooks     = []hookPoint{{bpf.ProgFromPod, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToPod, netlink.HANDLE_MIN_EGRESS}}
+	netdevHooks  = []hookPoint{{bpf.ProgFromNetdev, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToNetdev, netlink.HANDLE_MIN_EGRESS}}
+	overlayHooks = []hookPoint{{bpf.ProgFromOverlay, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToOverlay, netlink.HANDLE_MIN_EGRESS}}
 )
 
 // AttachPod attaches from_pod and to_pod to a pod's host-side device, in the calling thread's network namespace. An older build's
@@ -46,7 +47,7 @@ func (d *Datapath) DetachPod(ifindex int) error { return detach(ifindex, podHook
 // PodAttached wraps ErrNotAttached unless both programs of this build are on the device.
 func (d *Datapath) PodAttached(ifindex int) error { return d.attached(ifindex, podHooks) }
 
-// AttachNetdev attaches from_netdev to a network device of the node; otherwise like AttachPod.
+// AttachNetdev attaches from_netdev and to_netdev to a network device of the node; otherwise like AttachPod.
 func (d *Datapath) AttachNetdev(ifindex int) error { return d.attach(ifindex, netdevHooks) }
 
 // DetachNetdev is like DetachPod for a network device of the node.
@@ -54,6 +55,12 @@ func (d *Datapath) DetachNetdev(ifindex int) error { return detach(ifindex, netd
 
 // NetdevAttached is like PodAttached for a network device of the node.
 func (d *Datapath) NetdevAttached(ifindex int) error { return d.attached(ifindex, netdevHooks) }
+
+// AttachOverlay attaches from_overlay and to_overlay to the VXLAN device; otherwise like AttachPod.
+func (d *Datapath) AttachOverlay(ifindex int) error { return d.attach(ifindex, overlayHooks) }
+
+// OverlayAttached is like PodAttached for the VXLAN device.
+func (d *Datapath) OverlayAttached(ifindex int) error { return d.attached(ifindex, overlayHooks) }
 
 func (d *Datapath) attach(ifindex int, hooks []hookPoint) error {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)

@@ -31,6 +31,10 @@ type Maps struct {
 	ServiceBackends *ebpf.Map
 	ServiceEpochs   *ebpf.Map
 	Policy          *ebpf.Map
+	Nodes           *ebpf.Map
+	Routes          *ebpf.Map
+	EgressAddrs     *ebpf.Map
+	ReservedPorts   *ebpf.Map
 	NodeState       *ebpf.Map
 	Counters        *ebpf.Map
 	Events          *ebpf.Map
@@ -45,6 +49,7 @@ func (m *Maps) fields() map[string]**ebpf.Map {
 		"flows": &m.Flows, "endpoints": &m.Endpoints, "endpoint_epochs": &m.EndpointEpochs, "pending": &m.Pending,
 		"ipcache": &m.IPCache, "node_addrs": &m.NodeAddrs, "services": &m.Services, "backends": &m.Backends,
 		"service_backends": &m.ServiceBackends, "service_epochs": &m.ServiceEpochs, "policy": &m.Policy,
+		"nodes": &m.Nodes, "routes": &m.Routes, "egress_addrs": &m.EgressAddrs, "reserved_ports": &m.ReservedPorts,
 		"node_state": &m.NodeState, "counters": &m.Counters, "events": &m.Events,
 	}
 }

@@ -27,6 +27,12 @@ var notByOnePacket = map[string]string{
 	"redirect":             "reserved: the kernel redirects after the program has ended",
 	"invalid_config":       "arrays of one entry always have it",
 	"service_unknown_port": "reserved for services that know their ports",
+	"overlay_source":       "TestOverlay",
+	"overlay_vni":          "TestOverlay",
+	"not_encapsulated":     "TestOverlay",
+	"no_source_port":       "TestMasquerade",
+	"no_egress_address":    "TestMasquerade",
+	"too_big":              "TestTooBig",
 }
 
 // A mutation is a valid packet with one field changed, and what the drop must be called.
