@@ -7,6 +7,15 @@
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
+/* An outer header of the overlay: the kernel's device takes it, and from_overlay judges what is in it. */
+static __always_inline int is_overlay(const struct pkt *p)
+{
+	struct node_state *s = node_settings();
+
+	return p->key.proto == IPPROTO_UDP && s && p->key.dport == s->overlay_port && s->overlay_ifindex &&
+	       (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL);
+}
+
 /*
  * What is for no pod and no service is the host's, unread: a packet that does not parse, ARP, ND. If it is for a pod after all,
  * the host's stack routes it to the pod's device, where to_pod drops it by name.
@@ -19,7 +28,7 @@ static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt 
 		return TC_ACT_OK;
 	if (p->kind == PKT_ICMP_ERROR)
 		return handle_icmp_error(skb, p);
-	if (p->kind != PKT_FLOW)
+	if (p->kind != PKT_FLOW || is_overlay(p))
 		return TC_ACT_OK;
 	ret = handle_flow(skb, p);
 	if (ret != -DROP_SERVICE_NO_BACKEND)

@@ -3,21 +3,81 @@
 /* The two programs on the overlay device, a VXLAN device in collect-metadata mode: the outer header is skb metadata on both ways. */
 
 #include "lib/established.h"
+#include "lib/refuse.h"
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
+
+/* The answer to a refused client goes back through the node that forwarded its packet. */
+static __always_inline int refuse_forwarded(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret = refuse(skb, p);
+
+	return ret ? ret : overlay_send(skb, p->in_node, p->vni, 0);
+}
+
+static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret = overlay_receive(skb, p);
+
+	if (!ret)
+		ret = parse(skb, p);
+	if (ret)
+		return ret;
+	switch (p->kind) {
+	case PKT_ARP:
+		return -DROP_INVALID_ARP; /* the device resolves nothing */
+	case PKT_ND:
+		return -DROP_INVALID_ND;
+	case PKT_ICMP_ERROR:
+		ret = handle_icmp_error(skb, p);
+		break;
+	default:
+		ret = handle_flow(skb, p);
+	}
+	if (ret == -DROP_SERVICE_NO_BACKEND && p->in_node)
+		return refuse_forwarded(skb, p);
+	/* The inner MACs mean nothing between nodes; the stack would take the frame for somebody else's. */
+	if (ret == TC_ACT_OK && skb->pkt_type != PACKET_HOST)
+		bpf_skb_change_type(skb, PACKET_HOST);
+	return ret;
+}
+
+/*
+ * What our programs redirect here has its tunnel key. What is left is of the host's own stack, whose routes to other nodes' pods lead
+ * to this device: the destination says which node. The host's traffic is not ours to judge.
+ */
+static __always_inline int handle_to_overlay(struct __sk_buff *skb, struct pkt *p)
+{
+	struct bpf_tunnel_key key;
+	__u32 index;
+	int ret;
+
+	if (skb->ingress_ifindex || bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0) == 0 ||
+	    bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6) == 0)
+		return TC_ACT_OK;
+	ret = parse_addrs(skb, p);
+	if (ret)
+		return ret;
+	index = node_of(&p->key.dst);
+	if (!index)
+		return -DROP_NO_ROUTE;
+	return overlay_address(skb, index, VNI_PODS);
+}
 
 /* tc ingress of the overlay device: what other nodes send, decapsulated. */
 SEC("tc")
 int from_overlay(struct __sk_buff *skb)
 {
-	(void)skb;
-	return TC_ACT_OK;
+	struct pkt p = {.hook = HOOK_FROM_OVERLAY, .direction = INGRESS};
+
+	return finish(skb, &p, handle_from_overlay(skb, &p));
 }
 
 /* tc egress of it: what this node's own stack sends to other nodes' pods, and what our programs redirect there. */
 SEC("tc")
 int to_overlay(struct __sk_buff *skb)
 {
-	(void)skb;
-	return TC_ACT_OK;
+	struct pkt p = {.hook = HOOK_TO_OVERLAY, .direction = EGRESS};
+
+	return finish(skb, &p, handle_to_overlay(skb, &p));
 }

@@ -381,6 +381,7 @@ struct new_flow {
 	struct flow entry;    /* the one being written */
 	struct endpoint src;  /* ifindex 0: no pod of this node */
 	struct endpoint dst;
+	struct addr backend;  /* with FLOW_FORWARDED, on the node that forwards: chosen here; else zero */
 	__u32 out_ifindex[2]; /* where the opener's packets, and the answers, leave: device, 0 = not known yet */
 	__u32 service_id;
 	__u32 service_epoch;
@@ -388,6 +389,10 @@ struct new_flow {
 	__u32 route_epoch;
 	__u32 rule_id;
 	__u16 flags; /* enum flow_flags common to both directions */
+	__be16 backend_port;
+	__u16 in_node[2];  /* node that the opener's packets, and the answers, come from through the overlay; 0: not so */
+	__u16 out_node[2]; /* with FLOW_TO_NODE: node that they go to */
+	__u16 mtu[2];	   /* of the way that they go; 0: not checked */
 	__u8 action[2];
 	__u8 known;	/* the flow has entries already: its translation stays */
 	__u8 reply;	/* the packet at hand is an answer */

@@ -57,6 +57,9 @@ enum {
 #define BPF_F_PSEUDO_HDR (1ULL << 4)
 #define BPF_F_MARK_MANGLED_0 (1ULL << 5)
 #define BPF_F_RECOMPUTE_CSUM (1ULL << 0)
+#define BPF_F_INGRESS (1ULL << 0)	 /* of bpf_redirect */
+#define BPF_F_TUNINFO_IPV6 (1ULL << 0)	 /* of the tunnel key helpers */
+#define BPF_F_ZERO_CSUM_TX (1ULL << 1)
 #define BPF_RB_NO_WAKEUP (1ULL << 0)
 #define BPF_ADJ_ROOM_MAC 1
 
@@ -113,6 +116,31 @@ struct __sk_buff {
 #define BPF_FIB_LKUP_RET_NOT_FWDED 4
 #define BPF_FIB_LKUP_RET_NO_NEIGH 7
 #define BPF_FIB_LKUP_RET_FRAG_NEEDED 8
+
+/*
+ * Outer header of an encapsulated packet. IPv4 addresses are in the byte order of the machine, IPv6 addresses in network byte order.
+ * local_*: kernel 6.0.
+ */
+struct bpf_tunnel_key {
+	__u32 tunnel_id;
+	union {
+		__u32 remote_ipv4;
+		__be32 remote_ipv6[4];
+	};
+	__u8 tunnel_tos;
+	__u8 tunnel_ttl;
+	__u16 tunnel_ext;
+	__u32 tunnel_label;
+	union {
+		__u32 local_ipv4;
+		__be32 local_ipv6[4];
+	};
+};
+
+/* Option of a VXLAN tunnel key: the group policy extension (draft-smith-vxlan-group-policy), 16 bits of it. */
+struct vxlan_metadata {
+	__u32 gbp;
+};
 
 struct bpf_fib_lookup {
 	__u8 family;

@@ -10,20 +10,10 @@
  */
 
 #include "drop.h"
-#include "forward.h"
-#include "lb.h"
-
-/* Which of the two entries: index of new_flow.action and new_flow.out_ifindex. */
-#define FORWARD 0
-#define REPLY 1
+#include "route.h"
 
 #define NAT_PORT_TRIES 16
 #define NAT_PORT_FIRST 1024
-
-static __always_inline __u32 packet_scope(const struct pkt *p)
-{
-	return p->hook == HOOK_FROM_POD ? SCOPE_INTERNAL : SCOPE_EXTERNAL;
-}
 
 /*
  * May this entry's translation go on? Not when a SYN opens a new connection on the remains of an old one, and not when the backend
@@ -45,12 +35,35 @@ static __always_inline int flow_keeps_translation(const struct pkt *p, const str
 	return 1;
 }
 
-/* The two tuples: from the entry where there is one, else from the packet and the services. */
-static __always_inline int new_flow_tuples(const struct pkt *p, struct new_flow *nf, const struct flow *f)
+/* What an entry that is there already says of its own direction. */
+static __always_inline void recall_direction(struct new_flow *nf, const struct flow *f, __u32 direction)
 {
+	nf->out_ifindex[direction] = f->out_ifindex;
+	nf->out_node[direction] = f->action == FLOW_TO_NODE ? f->out_node : 0;
+	nf->mtu[direction] = f->mtu;
+}
+
+/* A flow without entry, or whose translation has ended: the services choose. */
+static __always_inline int first_tuples(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf)
+{
+	__u32 hash = 0;
+
+	if (p->hook == HOOK_FROM_OVERLAY && p->vni != VNI_PODS) {
+		nf->flags = FLOW_FORWARDED | (p->vni == VNI_DSR ? FLOW_DSR : 0);
+		hash = overlay_backend_hash(skb);
+	}
+	return service_translate(nf, p->hook, hash);
+}
+
+/* The two tuples: from the entry where there is one, else from the packet and the services. */
+static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf, const struct flow *f)
+{
+	const struct addr none = {};
 	__u32 epoch = f && (f->flags & FLOW_SERVICE) ? service_epoch(f->service_id) : 0;
 
 	nf->flags = 0;
+	nf->backend = none;
+	nf->backend_port = 0;
 	nf->service_id = 0;
 	nf->service_epoch = 0;
 	nf->rule_id = 0;
@@ -58,21 +71,27 @@ static __always_inline int new_flow_tuples(const struct pkt *p, struct new_flow 
 	nf->known = 0;
 	nf->reply = 0;
 	nf->tcp_flags = p->tcp_flags;
-	nf->out_ifindex[FORWARD] = 0;
-	nf->out_ifindex[REPLY] = 0;
+	for (int i = 0; i < 2; i++) {
+		nf->out_ifindex[i] = 0;
+		nf->out_node[i] = 0;
+		nf->in_node[i] = 0;
+		nf->mtu[i] = 0;
+	}
 	nf->fwd = p->key;
 	nf->post = p->key;
 	if (!f || !flow_keeps_translation(p, f, epoch))
-		return service_translate(nf, packet_scope(p));
+		return first_tuples(skb, p, nf);
 	nf->known = 1;
-	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_FROM_HOST);
+	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_FROM_HOST | FLOW_FORWARDED | FLOW_DSR | FLOW_MASQUERADE);
+	nf->backend = f->backend;
+	nf->backend_port = f->backend_port;
 	if (nf->flags & FLOW_SERVICE) {
 		nf->service_id = f->service_id;
 		nf->service_epoch = epoch;
 	}
 	if (f->flags & FLOW_REPLY) {
 		nf->reply = 1;
-		nf->out_ifindex[REPLY] = f->out_ifindex;
+		recall_direction(nf, f, REPLY);
 		key_reverse(&nf->fwd, &f->xlate);
 		key_reverse(&nf->post, &p->key);
 	} else {
@@ -105,6 +124,40 @@ static __always_inline void new_flow_endpoints(struct new_flow *nf)
 	nf->endpoint_epoch[1] = read_endpoint(&nf->post.dst, &nf->dst);
 }
 
+/*
+ * Does the node that encapsulated the packet speak for its inner source? For its pods and itself, and, forwarding service traffic, for
+ * any client that is none of the cluster's pods: those have their service traffic translated at home.
+ */
+static __always_inline int check_overlay_source(const struct pkt *p, const struct new_flow *nf, const struct endpoint *sender)
+{
+	struct route *r;
+
+	if (!p->in_node)
+		return -DROP_OVERLAY_SOURCE;
+	if (sender->ifindex)
+		return -DROP_SOURCE_IS_LOCAL;
+	if (p->vni == VNI_PODS)
+		return node_of(&p->key.src) == p->in_node ? 0 : -DROP_OVERLAY_SOURCE;
+	if (nf->known)
+		return 0;
+	r = route_of(&p->key.src);
+	return r && (r->node || (r->flags & ROUTE_LOCAL)) ? -DROP_OVERLAY_SOURCE : 0;
+}
+
+/* From outside: nobody there has an address of this node, of its pods, or of pods that are reached through the overlay only. */
+static __always_inline int check_outside_source(const struct pkt *p, const struct new_flow *nf, const struct endpoint *sender)
+{
+	struct route *r;
+
+	if (sender->ifindex || (node_addr_flags_of(&p->key.src) & NODE_ADDR_LOCAL))
+		return -DROP_SOURCE_IS_LOCAL;
+	/* What is the host's is not ours to judge. */
+	if (!nf->src.ifindex && !nf->dst.ifindex && !(nf->flags & FLOW_SERVICE))
+		return 0;
+	r = route_of(&p->key.src);
+	return r && (r->flags & ROUTE_OVERLAY) ? -DROP_NOT_ENCAPSULATED : 0;
+}
+
 /* Does the packet come from where its source address lives? */
 static __always_inline int check_source(struct __sk_buff *skb, const struct pkt *p, const struct new_flow *nf)
 {
@@ -119,9 +172,9 @@ static __always_inline int check_source(struct __sk_buff *skb, const struct pkt 
 			return -DROP_SPOOFED_ADDRESS;
 		return mac_equal(eth->h_source, sender->mac) ? 0 : -DROP_SPOOFED_MAC;
 	}
-	if (p->hook == HOOK_FROM_NETDEV && (sender->ifindex || (node_addr_flags_of(&p->key.src) & NODE_ADDR_LOCAL)))
-		return -DROP_SOURCE_IS_LOCAL;
-	return 0;
+	if (p->hook == HOOK_FROM_OVERLAY)
+		return check_overlay_source(p, nf, sender);
+	return p->hook == HOOK_FROM_NETDEV ? check_outside_source(p, nf, sender) : 0;
 }
 
 /*
@@ -148,72 +201,6 @@ __noinline int judge(struct new_flow *nf)
 	if (from_host)
 		return 0;
 	return policy_check(nf, &nf->dst, INGRESS, nf->src.ifindex ? nf->src.identity : identity_of(&nf->fwd.src));
-}
-
-/* The device towards an address outside this node's pods, by the kernel's routes. */
-static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *nf)
-{
-	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->post.proto};
-	long ret;
-
-	if (addr_is_v4(&nf->post.dst)) {
-		fib.family = AF_INET;
-		fib.src[0] = nf->post.src.w[3];
-		fib.dst[0] = nf->post.dst.w[3];
-	} else {
-		fib.family = AF_INET6;
-		__builtin_memcpy(fib.src, nf->post.src.w, 16);
-		__builtin_memcpy(fib.dst, nf->post.dst.w, 16);
-	}
-	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-	if (ret == BPF_FIB_LKUP_RET_SUCCESS || ret == BPF_FIB_LKUP_RET_NO_NEIGH) {
-		nf->action[FORWARD] = FLOW_TO_NETDEV;
-		nf->out_ifindex[FORWARD] = fib.ifindex;
-		return 0;
-	}
-	if (ret == BPF_FIB_LKUP_RET_NOT_FWDED) {
-		/* Local, or no route at all: the stack knows which, and answers "unreachable" itself. */
-		nf->action[FORWARD] = FLOW_TO_STACK;
-		return 0;
-	}
-	/* Too large for the way: the stack says so to the sender. A translated packet would be quoted with the wrong address. */
-	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED && !(nf->flags & FLOW_SERVICE))
-		return 1;
-	return -DROP_NO_ROUTE;
-}
-
-/* Where the opener's packets go. 1: nowhere that Margay serves; the packet is the host's. */
-static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow *nf)
-{
-	if (nf->dst.ifindex) {
-		nf->action[FORWARD] = nf->flags & FLOW_VIA_STACK ? FLOW_TO_STACK : FLOW_TO_POD;
-		nf->out_ifindex[FORWARD] = nf->dst.ifindex;
-		return 0;
-	}
-	if (!nf->src.ifindex)
-		return nf->flags & FLOW_SERVICE ? -DROP_NO_ROUTE : 1;
-	if ((node_addr_flags_of(&nf->post.dst) & NODE_ADDR_LOCAL) || (nf->src.flags & ENDPOINT_ADOPTED)) {
-		nf->action[FORWARD] = FLOW_TO_STACK;
-		return 0;
-	}
-	return route_lookup(skb, nf);
-}
-
-/* Where the answers go. */
-static __always_inline void choose_reply(struct __sk_buff *skb, struct new_flow *nf)
-{
-	if (nf->src.ifindex) {
-		nf->action[REPLY] = FLOW_TO_POD;
-		nf->out_ifindex[REPLY] = nf->src.ifindex;
-	} else if (nf->flags & FLOW_VIA_STACK) {
-		nf->action[REPLY] = FLOW_TO_STACK;
-		nf->out_ifindex[REPLY] = 0;
-	} else {
-		/* By the device that the opener came in on, whatever the routes say. */
-		nf->action[REPLY] = FLOW_TO_NETDEV;
-		if (!nf->reply)
-			nf->out_ifindex[REPLY] = skb->ifindex;
-	}
 }
 
 /* The epoch of a slot (flow_out_slot) that the flow was judged under. */
@@ -247,11 +234,18 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 	f->service_epoch = nf->service_epoch;
 	f->in_ifindex = in->ifindex;
 	f->out_ifindex = nf->out_ifindex[direction & 1];
+	f->in_node = nf->in_node[direction & 1];
+	f->out_node = nf->out_node[direction & 1];
+	f->mtu = nf->mtu[direction & 1];
+	f->backend = nf->backend;
+	f->backend_port = nf->backend_port;
 	f->endpoint_epoch[0] = judged_epoch(nf, f->in_ifindex);
 	f->action = nf->action[direction & 1];
 	f->endpoint_epoch[1] = judged_epoch(nf, flow_out_slot(f));
 	f->flags = nf->flags | (direction == REPLY ? FLOW_REPLY : 0) | (in->ifindex ? FLOW_IN_POD : 0);
-	if (!in->ifindex && ((direction == FORWARD && (nf->flags & FLOW_FROM_HOST)) || (node_addr_flags_of(&nf->key.src) & NODE_ADDR_LOCAL)))
+	if (f->in_node)
+		f->flags |= FLOW_IN_OVERLAY;
+	else if (!in->ifindex && ((direction == FORWARD && (nf->flags & FLOW_FROM_HOST)) || (node_addr_flags_of(&nf->key.src) & NODE_ADDR_LOCAL)))
 		f->flags |= FLOW_IN_NODE;
 	f->tcp = 0;
 	f->rule_id = nf->rule_id;
@@ -274,6 +268,19 @@ static __always_inline struct new_flow *new_flow(void)
 }
 
 /*
+ * What an entry that is there already knows better: what it has seen of the connection, and, when the packet at hand is of the other
+ * direction, where its own packets come from.
+ */
+static __always_inline void keep_from_entry(struct new_flow *nf, __u32 direction, const struct flow *old)
+{
+	nf->entry.tcp = old->tcp;
+	if (direction == (nf->reply ? REPLY : FORWARD) || nf->entry.in_ifindex)
+		return;
+	nf->entry.in_node = old->in_node;
+	nf->entry.flags = (nf->entry.flags & ~FLOW_IN_OVERLAY) | (old->flags & FLOW_IN_OVERLAY);
+}
+
+/*
  * Writes one direction's entry; an entry that is there already keeps what it has seen of the connection. Finds the work space itself,
  * because before 6.2 the verifier takes no argument of a global function as a map's key or value.
  */
@@ -288,7 +295,7 @@ __noinline int store_direction(__u32 direction)
 	if (nf->known) {
 		old = bpf_map_lookup_elem(&flows, &nf->key);
 		if (old)
-			nf->entry.tcp = old->tcp;
+			keep_from_entry(nf, direction, old);
 	}
 	if (nf->key.proto == IPPROTO_TCP && direction == (nf->reply ? REPLY : FORWARD) && !(nf->flags & FLOW_DENIED))
 		nf->entry.tcp = flow_tcp_after(nf->entry.tcp, nf->tcp_flags);
@@ -335,11 +342,14 @@ __noinline int store_flow(struct new_flow *nf)
 
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
-	if (!nf->known) {
+	if (!nf->known && !nf->backend_port) {
 		ret = avoid_collision(nf);
 		if (ret)
 			return ret;
 	}
+	/* The answers pass this node by. */
+	if (nf->backend_port && (nf->flags & FLOW_DSR))
+		return store_direction(FORWARD);
 	ret = store_direction(nf->reply ? FORWARD : REPLY);
 	if (ret)
 		return ret;
@@ -349,16 +359,11 @@ __noinline int store_flow(struct new_flow *nf)
 /* Policy says no. A flow that was allowed before keeps its translation, so that it can go on when policy allows it again. */
 static __always_inline int deny(struct __sk_buff *skb, struct new_flow *nf, int reason)
 {
-	int ret;
-
 	if (!nf->known || (reason != -DROP_POLICY && reason != -DROP_POLICY_PENDING))
 		return reason;
 	nf->flags |= FLOW_DENIED | (nf->direction == INGRESS ? FLOW_DENIED_INGRESS : 0);
-	ret = choose_forward(skb, nf);
-	if (ret)
-		return reason;
-	choose_reply(skb, nf);
-	store_flow(nf);
+	if (choose_ways(skb, nf) == 0)
+		store_flow(nf);
 	return reason;
 }
 
@@ -372,9 +377,24 @@ static __always_inline void note_opener(const struct __sk_buff *skb, const struc
 		nf->flags |= FLOW_FROM_HOST;
 }
 
+/* The packet at hand says through which node its direction comes in. */
+static __always_inline void note_sender_node(const struct pkt *p, struct new_flow *nf)
+{
+	if (p->hook == HOOK_FROM_OVERLAY)
+		nf->in_node[nf->reply ? REPLY : FORWARD] = p->in_node;
+}
+
+/* The host's own, as far as its stack has a use for it: nothing is routed on from one node to another. */
+static __always_inline int not_ours(const struct pkt *p)
+{
+	if (p->hook != HOOK_FROM_OVERLAY || (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL))
+		return TC_ACT_OK;
+	return p->vni == VNI_PODS ? -DROP_NO_ROUTE : -DROP_NO_FLOW;
+}
+
 /*
  * f is the entry that cannot be used as it is, or NULL. Returns a tc action, minus a drop reason, or 0 = TC_ACT_OK for a packet
- * that is none of Margay's business (from_netdev only). A service without backends returns -DROP_SERVICE_NO_BACKEND: the hook
+ * that is none of Margay's business (from_netdev, from_overlay). A service without backends returns -DROP_SERVICE_NO_BACKEND: the hook
  * answers.
  */
 __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
@@ -385,7 +405,10 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	if (!nf || !p)
 		return -DROP_INVALID_CONFIG;
 	nf->route_epoch = route_epoch();
-	ret = new_flow_tuples(p, nf, f);
+	if (p->hook == HOOK_FROM_OVERLAY && !p->in_node)
+		p->in_node = node_addr_flags_of(&p->outer) >> NODE_ADDR_INDEX_SHIFT;
+	ret = new_flow_tuples(skb, p, nf, f);
+	note_sender_node(p, nf);
 	new_flow_endpoints(nf);
 	source = check_source(skb, p, nf);
 	if (source)
@@ -397,7 +420,7 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 		return -DROP_INVALID_CONFIG;
 	note_opener(skb, p, nf);
 	if (!nf->known && (p->icmp_type == ICMPV6_ECHO_REPLY || (p->key.proto == IPPROTO_ICMP && p->icmp_type == ICMP_ECHOREPLY)))
-		return p->hook == HOOK_FROM_NETDEV && !nf->dst.ifindex ? TC_ACT_OK : -DROP_NO_FLOW;
+		return (p->hook == HOOK_FROM_NETDEV || p->hook == HOOK_FROM_OVERLAY) && !nf->dst.ifindex ? not_ours(p) : -DROP_NO_FLOW;
 	ret = judge(nf);
 	p->rule_id = nf->rule_id;
 	if (ret) {
@@ -410,10 +433,9 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 			p->key = nf->post;
 		return ret;
 	}
-	ret = choose_forward(skb, nf);
+	ret = choose_ways(skb, nf);
 	if (ret)
-		return ret < 0 ? ret : TC_ACT_OK;
-	choose_reply(skb, nf);
+		return ret < 0 ? ret : not_ours(p);
 	ret = store_flow(nf);
 	if (ret)
 		return ret;

@@ -5,6 +5,17 @@
 
 #include "connect.h"
 
+/* The outer source is the address of the node that the entry names: an array lookup, no hash. */
+static __always_inline int flow_node_matches(const struct pkt *p, const struct flow *f)
+{
+	struct node *n;
+
+	if (!(f->flags & FLOW_IN_OVERLAY))
+		return 0;
+	n = node_by_index(f->in_node);
+	return n && addr_equal(&n->addr, &p->outer);
+}
+
 /*
  * The entry was made for packets of this device and this MAC: whoever else sends the tuple lies. What the host's stack hands to a pod
  * needs an entry that was judged for that pod: a flow to an address that no pod had may have been judged without it.
@@ -14,9 +25,11 @@ static __always_inline int flow_sender_matches(struct __sk_buff *skb, const stru
 	struct ethhdr *eth;
 
 	if (p->hook == HOOK_TO_POD)
-		return f->out_ifindex == skb->ifindex && f->action != FLOW_TO_NETDEV;
+		return f->out_ifindex == skb->ifindex && f->action <= FLOW_TO_POD;
+	if (p->hook == HOOK_FROM_OVERLAY)
+		return flow_node_matches(p, f);
 	if (p->hook != HOOK_FROM_POD)
-		return !(f->flags & (FLOW_IN_POD | FLOW_IN_NODE));
+		return !(f->flags & (FLOW_IN_POD | FLOW_IN_NODE | FLOW_IN_OVERLAY));
 	eth = pkt_at(skb, 0, sizeof(*eth));
 	return eth && f->in_ifindex == skb->ifindex && mac_equal(eth->h_source, f->in_mac);
 }

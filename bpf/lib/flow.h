@@ -40,8 +40,7 @@ static __always_inline __u32 route_epoch(void)
 
 static __always_inline __u32 node_flags(void)
 {
-	__u32 zero = 0;
-	struct node_state *s = bpf_map_lookup_elem(&node_state, &zero);
+	struct node_state *s = node_settings();
 
 	return s ? s->flags : 0;
 }
@@ -52,7 +51,7 @@ static __always_inline __u32 node_flags(void)
  */
 static __always_inline __u32 flow_out_slot(const struct flow *f)
 {
-	return f->action == FLOW_TO_NETDEV ? EPOCH_SLOT_OUTSIDE : f->out_ifindex;
+	return f->action == FLOW_TO_NETDEV || f->action == FLOW_TO_NODE ? EPOCH_SLOT_OUTSIDE : f->out_ifindex;
 }
 
 /* Nothing that the entry was computed from has changed since. Array lookups: a few instructions each, no hash. */
@@ -87,7 +86,7 @@ static __always_inline __u8 flow_tcp_after(__u8 tcp, __u8 tcp_flags)
 /* What this packet tells about the connection. Stores only what is new: a clean cache line stays clean. */
 static __always_inline void flow_note_packet(struct flow *f, const struct pkt *p)
 {
-	__u32 tick = now_tick();
+	__u16 tick = now_tick();
 	__u8 tcp;
 
 	if (f->tick != tick) {

@@ -4,6 +4,7 @@
 /* Carrying out what a flow entry says. */
 
 #include "nat.h"
+#include "overlay.h"
 
 static __always_inline int mac_rewrite(struct __sk_buff *skb, const struct flow *f)
 {
@@ -75,5 +76,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 		return to_pod_device(skb, f);
 	if (f->action == FLOW_TO_NETDEV)
 		return bpf_redirect_neigh(f->out_ifindex, NULL, 0, 0);
+	if (f->action == FLOW_TO_NODE)
+		return overlay_forward(skb, f);
 	return -DROP_INVALID_CONFIG;
 }

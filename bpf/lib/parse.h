@@ -258,3 +258,28 @@ static __always_inline int parse(struct __sk_buff *skb, struct pkt *p)
 
 	return unlikely(ret == -DROP_TRUNCATED) ? parse_pulled(skb, p) : ret;
 }
+
+/* The addresses alone, of any IP packet. */
+static __always_inline int parse_addrs(struct __sk_buff *skb, struct pkt *p)
+{
+	struct iphdr *ip4;
+	struct ipv6hdr *ip6;
+
+	p->l3_proto = bpf_ntohs(skb->protocol);
+	if (p->l3_proto == ETH_P_IP) {
+		ip4 = pkt_at(skb, L3_OFF, sizeof(*ip4));
+		if (!ip4)
+			return -DROP_TRUNCATED;
+		addr_set_v4(&p->key.src, ip4->saddr);
+		addr_set_v4(&p->key.dst, ip4->daddr);
+		return 0;
+	}
+	if (p->l3_proto != ETH_P_IPV6)
+		return -DROP_UNKNOWN_ETHERTYPE;
+	ip6 = pkt_at(skb, L3_OFF, sizeof(*ip6));
+	if (!ip6)
+		return -DROP_TRUNCATED;
+	addr_set_v6(&p->key.src, ip6->saddr);
+	addr_set_v6(&p->key.dst, ip6->daddr);
+	return 0;
+}

@@ -20,6 +20,10 @@ struct pkt {
 	__u8 icmp_type;	      /* 0 unless ICMP */
 	__u8 kind;	      /* enum pkt_kind */
 	__u8 ttl;
+	struct addr outer;    /* from_overlay: address that encapsulated it */
+	__u16 in_node;	      /* from_overlay, slow path: node of that address; 0: none */
+	__u8 vni;	      /* from_overlay: enum overlay_vni */
+	__u8 pad;
 };
 
 enum pkt_kind {
@@ -99,6 +103,13 @@ static __always_inline void key_reverse(struct flow_key *to, const struct flow_k
 	to->pad[0] = 0;
 	to->pad[1] = 0;
 	to->pad[2] = 0;
+}
+
+static __always_inline struct node_state *node_settings(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&node_state, &zero);
 }
 
 static __always_inline __u32 now_seconds(void)

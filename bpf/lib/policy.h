@@ -24,6 +24,26 @@ static __always_inline __u32 node_addr_flags_of(const struct addr *a)
 	return flags ? *flags : 0;
 }
 
+/* Where the address is, as far as prefixes say: NULL is outside the cluster. The nodes' own addresses are in node_addrs. */
+static __always_inline struct route *route_of(const struct addr *a)
+{
+	struct route_key key = {.prefixlen = 128, .addr = *a};
+
+	return bpf_map_lookup_elem(&routes, &key);
+}
+
+/* The other node that has the address, or has a pod that has it; 0: none. */
+static __always_inline __u32 node_of(const struct addr *a)
+{
+	__u32 flags = node_addr_flags_of(a);
+	struct route *r;
+
+	if (flags)
+		return flags >> NODE_ADDR_INDEX_SHIFT;
+	r = route_of(a);
+	return r ? r->node : 0;
+}
+
 static __always_inline __u32 identity_of(const struct addr *a)
 {
 	struct ipcache_key key = {.prefixlen = 128, .addr = *a};

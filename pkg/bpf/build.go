@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "564fb1794123cc5373d2d815"
+const build = "956e183f76707caeda8a4e5b"

@@ -266,6 +266,7 @@ type dpNewFlow struct {
 	Entry         dpFlow
 	Src           dpEndpoint
 	Dst           dpEndpoint
+	Backend       dpAddr
 	OutIfindex    [2]uint32
 	ServiceId     uint32
 	ServiceEpoch  uint32
@@ -273,11 +274,16 @@ type dpNewFlow struct {
 	RouteEpoch    uint32
 	RuleId        uint32
 	Flags         uint16
+	BackendPort   uint16
+	InNode        [2]uint16
+	OutNode       [2]uint16
+	Mtu           [2]uint16
 	Action        [2]uint8
 	Known         uint8
 	Reply         uint8
 	Direction     uint8
 	TcpFlags      uint8
+	_             [2]byte
 	Key           dpFlowKey
 }
 

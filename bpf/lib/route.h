@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+
+/* The ways of a flow's two directions: this node's pod, its stack, another node, or out of a device. Part of the slow path. */
+
+#include "forward.h"
+
+/* Which of the two directions: index of the arrays of struct new_flow. */
+#define FORWARD 0
+#define REPLY 1
+
+static __always_inline void fib_addrs(struct bpf_fib_lookup *fib, const struct addr *src, const struct addr *dst)
+{
+	if (addr_is_v4(dst)) {
+		fib->family = AF_INET;
+		fib->src[0] = src->w[3];
+		fib->dst[0] = dst->w[3];
+	} else {
+		fib->family = AF_INET6;
+		__builtin_memcpy(fib->src, src->w, 16);
+		__builtin_memcpy(fib->dst, dst->w, 16);
+	}
+}
+
+/* The device towards an address outside this node's pods, by the kernel's routes. */
+static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *nf)
+{
+	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->post.proto};
+	long ret;
+
+	fib_addrs(&fib, &nf->post.src, &nf->post.dst);
+	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	if (ret == BPF_FIB_LKUP_RET_SUCCESS || ret == BPF_FIB_LKUP_RET_NO_NEIGH) {
+		nf->action[FORWARD] = FLOW_TO_NETDEV;
+		nf->out_ifindex[FORWARD] = fib.ifindex;
+		return 0;
+	}
+	if (ret == BPF_FIB_LKUP_RET_NOT_FWDED) {
+		/* Local, or no route at all: the stack knows which, and answers "unreachable" itself. */
+		nf->action[FORWARD] = FLOW_TO_STACK;
+		return 0;
+	}
+	/* Too large for the way: the stack says so to the sender. A translated packet would be quoted with the wrong address. */
+	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED && !(nf->flags & FLOW_SERVICE))
+		return 1;
+	return -DROP_NO_ROUTE;
+}
+
+static __always_inline int way_to_node(struct new_flow *nf, __u32 direction, __u32 index)
+{
+	struct node_state *s = node_settings();
+	struct node *n = node_by_index(index);
+
+	if (!s || !s->overlay_ifindex || !n || !n->mtu)
+		return -DROP_NO_ROUTE;
+	nf->action[direction & 1] = FLOW_TO_NODE;
+	nf->out_node[direction & 1] = index;
+	nf->out_ifindex[direction & 1] = s->overlay_ifindex;
+	nf->mtu[direction & 1] = n->mtu;
+	return 0;
+}
+
+/*
+ * What a pod sends to no pod of this node: through the overlay to another node or its pods, or where the kernel's routes lead, which
+ * know the nodes that are reached without it.
+ */
+static __always_inline int way_from_pod(struct __sk_buff *skb, struct new_flow *nf)
+{
+	__u32 flags = node_addr_flags_of(&nf->post.dst);
+	struct route *r;
+
+	if ((flags & NODE_ADDR_LOCAL) || (nf->src.flags & ENDPOINT_ADOPTED)) {
+		nf->action[FORWARD] = FLOW_TO_STACK;
+		return 0;
+	}
+	if (flags & NODE_ADDR_REMOTE)
+		return flags & NODE_ADDR_OVERLAY ? way_to_node(nf, FORWARD, flags >> NODE_ADDR_INDEX_SHIFT) : route_lookup(skb, nf);
+	r = route_of(&nf->post.dst);
+	if (r && (r->flags & ROUTE_LOCAL))
+		return -DROP_NO_ROUTE;
+	return r && (r->flags & ROUTE_OVERLAY) ? way_to_node(nf, FORWARD, r->node) : route_lookup(skb, nf);
+}
+
+/* Where the opener's packets go. 1: nowhere that Margay serves; the packet is the host's. */
+static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow *nf)
+{
+	if (nf->backend_port)
+		return way_to_node(nf, FORWARD, node_of(&nf->backend));
+	if (nf->dst.ifindex) {
+		nf->action[FORWARD] = nf->flags & FLOW_VIA_STACK ? FLOW_TO_STACK : FLOW_TO_POD;
+		nf->out_ifindex[FORWARD] = nf->dst.ifindex;
+		return 0;
+	}
+	if (!nf->src.ifindex)
+		return nf->flags & FLOW_SERVICE ? -DROP_NO_ROUTE : 1;
+	return way_from_pod(skb, nf);
+}
+
+/* The kernel's way from the pod's node to a client that another node has forwarded (direct server return). */
+static __always_inline int way_to_client(struct __sk_buff *skb, struct new_flow *nf)
+{
+	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
+	long ret;
+
+	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
+	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	if (ret != BPF_FIB_LKUP_RET_SUCCESS && ret != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return -DROP_NO_ROUTE;
+	nf->action[REPLY] = FLOW_TO_NETDEV;
+	nf->out_ifindex[REPLY] = fib.ifindex;
+	return 0;
+}
+
+/* Where the answers go. */
+static __always_inline int choose_reply(struct __sk_buff *skb, struct new_flow *nf)
+{
+	if (nf->src.ifindex) {
+		nf->action[REPLY] = FLOW_TO_POD;
+		nf->out_ifindex[REPLY] = nf->src.ifindex;
+		return 0;
+	}
+	if (nf->flags & FLOW_VIA_STACK) {
+		nf->action[REPLY] = FLOW_TO_STACK;
+		nf->out_ifindex[REPLY] = 0;
+		return 0;
+	}
+	/* An answer at hand takes the way that it has. */
+	if (nf->reply && nf->out_node[REPLY])
+		return way_to_node(nf, REPLY, nf->out_node[REPLY]);
+	if (!nf->reply && nf->in_node[FORWARD])
+		return nf->flags & FLOW_DSR ? way_to_client(skb, nf) : way_to_node(nf, REPLY, nf->in_node[FORWARD]);
+	/* By the device that the opener came in on, whatever the routes say. */
+	nf->action[REPLY] = FLOW_TO_NETDEV;
+	if (!nf->reply)
+		nf->out_ifindex[REPLY] = skb->ifindex;
+	return 0;
+}
+
+/* Both ways. 1: the packet is the host's; minus a drop reason: there is none. */
+static __always_inline int choose_ways(struct __sk_buff *skb, struct new_flow *nf)
+{
+	int ret = choose_forward(skb, nf);
+
+	if (ret)
+		return ret;
+	/* The answers come from where the opener's packets go. */
+	nf->in_node[REPLY] = nf->in_node[REPLY] ? nf->in_node[REPLY] : nf->out_node[FORWARD];
+	return choose_reply(skb, nf);
+}
