@@ -58,6 +58,8 @@ static __always_inline int handle_to_overlay(struct __sk_buff *skb, struct pkt *
 	ret = parse_addrs(skb, p);
 	if (ret)
 		return ret;
+	if (addr_is_multicast(&p->key.dst))
+		return -DROP_MULTICAST;
 	index = node_of(&p->key.dst);
 	if (!index)
 		return -DROP_NO_ROUTE;

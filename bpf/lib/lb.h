@@ -19,15 +19,13 @@ static __always_inline __u32 backend_hash(const struct addr *a, __be16 port)
 	return h ? h : 1;
 }
 
-/*
- * A NodePort of another node is translated where the asking pod is, unless that node wants its own backends to be used. Nobody else
- * sends to another node's address through us.
- */
-static __always_inline int serves_nodeport(__u32 addr_flags, const struct service *s, __u32 hook)
+/* May the address have NodePorts, for what comes by this hook? Of another node: when a pod asks, or that node forwards the question. */
+static __always_inline int has_nodeports(__u32 addr_flags, __u32 hook)
 {
-	if (!s || !(addr_flags & NODE_ADDR_REMOTE))
-		return s != NULL;
-	return hook == HOOK_FROM_POD && !(s->flags & SERVICE_EXTERNAL_LOCAL);
+	if (addr_flags & NODE_ADDR_LOCAL)
+		return addr_flags & NODE_ADDR_NODEPORT;
+	/* The node that forwards knows its addresses better than we. */
+	return hook == HOOK_FROM_OVERLAY || (hook == HOOK_FROM_POD && (addr_flags & NODE_ADDR_NODEPORT));
 }
 
 static __always_inline struct service *service_find(const struct flow_key *key, __u32 hook)
@@ -42,7 +40,7 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 	if (s)
 		return s;
 	flags = node_addr_flags_of(&key->dst);
-	if (!(flags & NODE_ADDR_NODEPORT))
+	if (!has_nodeports(flags, hook))
 		return NULL;
 	/* NodePort: one entry for all addresses of the family. */
 	if (addr_is_v4(&key->dst)) {
@@ -54,7 +52,10 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 		fk.addr.w[3] = 0;
 	}
 	s = bpf_map_lookup_elem(&services, &fk);
-	return serves_nodeport(flags, s, hook) ? s : NULL;
+	/* A pod's question to another node is answered here, unless that node wants its own backends to be used. */
+	if (s && hook == HOOK_FROM_POD && (flags & NODE_ADDR_REMOTE) && (s->flags & SERVICE_EXTERNAL_LOCAL))
+		return NULL;
+	return s;
 }
 
 static __always_inline int backend_still_serves(const struct flow *f)

@@ -55,6 +55,11 @@ static __always_inline int addr_is_v4(const struct addr *a)
 	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == bpf_htonl(0xffff);
 }
 
+static __always_inline int addr_is_multicast(const struct addr *a)
+{
+	return addr_is_v4(a) ? (a->b[12] & 0xf0) == 0xe0 : a->b[0] == 0xff;
+}
+
 static __always_inline void addr_set_v4(struct addr *a, __be32 v4)
 {
 	a->w[0] = 0;

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "956e183f76707caeda8a4e5b"
+const build = "949afc50b827acec58b083eb"

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -42,7 +43,10 @@ type Node struct {
 	// Client is the external host; ClientDevice the node's device towards it, with from_netdev attached.
 	Client       *netnstest.NS
 	ClientDevice int
-	pods         int
+	// Addrs are the node's own: IPv4, IPv6.
+	Addrs []netip.Addr
+	index int
+	pods  int
 }
 
 // Pod is a pod of a Node.
@@ -69,7 +73,18 @@ func (p *Pod) Addr(v6 bool) netip.Addr {
 func New(t testing.TB) *Node {
 	t.Helper()
 	privileged.Require(t)
-	n := &Node{t: t, NS: netnstest.New(t)}
+	n := newNode(t, 0)
+	n.addClient(netnstest.New(t), "eth0")
+	return n
+}
+
+// newNode makes a node without any network.
+func newNode(t testing.TB, index int) *Node {
+	t.Helper()
+	n := &Node{t: t, NS: netnstest.New(t), index: index, Addrs: slices.Clone(NodeAddrs)}
+	for i := range n.Addrs {
+		n.Addrs[i] = network(n.Addrs[i], index)
+	}
 	n.Config = datapath.Config{BPFFS: filepath.Join(t.TempDir(), "bpf"), Run: t.TempDir()}
 	t.Cleanup(func() {
 		if err := unix.Unmount(n.Config.BPFFS, unix.MNT_DETACH); err != nil && !os.IsNotExist(err) {
@@ -84,14 +99,34 @@ func New(t testing.TB) *Node {
 		n.DP = dp
 	})
 	t.Cleanup(func() { n.DP.Close() })
-	n.addClient()
 	return n
 }
 
-// addClient joins an external host to the node by a veth pair with one network on it.
-func (n *Node) addClient() {
+// network moves an address of the first node's network into that of another one.
+func network(a netip.Addr, index int) netip.Addr {
+	b := a.AsSlice()
+	if a.Is4() {
+		b[1] += byte(index)
+	} else {
+		b[7] += byte(index)
+	}
+	out, _ := netip.AddrFromSlice(b)
+	return out
+}
+
+// clientAddrs are the external host's addresses on the node's network.
+func (n *Node) clientAddrs() []netip.Addr {
+	out := slices.Clone(ClientAddrs)
+	for i := range out {
+		out[i] = network(out[i], n.index)
+	}
+	return out
+}
+
+// addClient joins an external host to the node by a veth pair with one network on it, by the device of that name at the host.
+func (n *Node) addClient(client *netnstest.NS, device string) {
 	n.t.Helper()
-	n.Client = netnstest.New(n.t)
+	n.Client = client
 	peer, err := os.Open(n.Client.Path())
 	if err != nil {
 		n.t.Fatal(err)
@@ -105,28 +140,28 @@ func (n *Node) addClient() {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = "eth0"
 		veth := netlink.NewVeth(attrs)
-		veth.PeerName = "eth0"
+		veth.PeerName = device
 		veth.PeerNamespace = netlink.NsFd(int(peer.Fd()))
 		n.must(netlink.LinkAdd(veth))
-		n.ClientDevice = n.up("eth0", NodeAddrs)
+		n.ClientDevice = n.up("eth0", n.Addrs)
 		n.must(n.DP.AttachNetdev(n.ClientDevice))
 	})
 	n.Client.Do(func() {
-		n.up("eth0", ClientAddrs)
-		for i, dst := range []string{"10.0.0.0/8", "fd00::/8"} {
-			p := netip.MustParsePrefix(dst)
-			n.must(netlink.RouteAdd(&netlink.Route{
-				Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}, Gw: NodeAddrs[i].AsSlice(),
-			}))
+		n.up(device, n.clientAddrs())
+		for i, p := range n.PodRanges() {
+			if n.index == 0 {
+				p = netip.PrefixFrom(p.Addr(), 8).Masked()
+			}
+			n.must(netlink.RouteAdd(&netlink.Route{Dst: ipNet(p), Gw: n.Addrs[i].AsSlice()}))
 		}
 	})
 	n.NS.Do(func() {
 		n.must(link.SyncCarrier("eth0"))
-		for _, a := range ClientAddrs {
+		for _, a := range n.clientAddrs() {
 			n.resolve(a)
 		}
 	})
-	for _, a := range NodeAddrs {
+	for _, a := range n.Addrs {
 		n.Put(n.DP.Maps.NodeAddrs, bpf.NewAddr(a), bpf.NodeAddrLocal|bpf.NodeAddrNodePort)
 	}
 }
@@ -160,13 +195,25 @@ func (n *Node) up(name string, addrs []netip.Addr) int {
 	return l.Attrs().Index
 }
 
+// PodRanges are where the node's pods have their addresses from: IPv4, IPv6.
+func (n *Node) PodRanges() []netip.Prefix {
+	return []netip.Prefix{
+		netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 244, byte(n.index)}), 24),
+		netip.MustParsePrefix(fmt.Sprintf("fd00:244:0:%x::/64", n.index)),
+	}
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
 // AddPod makes a pod with an IPv4 and an IPv6 address and registers it without policy, as IdentityPodUnknown.
 func (n *Node) AddPod(name string) *Pod {
 	n.t.Helper()
 	n.pods++
 	p := &Pod{NS: netnstest.New(n.t), Name: name, Addrs: []netip.Addr{
-		netip.AddrFrom4([4]byte{10, 244, 0, byte(9 + n.pods)}),
-		netip.MustParseAddr(fmt.Sprintf("fd00:244::%x", 9+n.pods)),
+		netip.AddrFrom4([4]byte{10, 244, byte(n.index), byte(9 + n.pods)}),
+		netip.MustParseAddr(fmt.Sprintf("fd00:244:0:%x::%x", n.index, 9+n.pods)),
 	}}
 	podNS, err := os.Open(p.NS.Path())
 	n.must(err)

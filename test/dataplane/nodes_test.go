@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/margay-cni/margay/internal/testutil/netnstest"
+	"github.com/margay-cni/margay/internal/testutil/nodetest"
+	"github.com/margay-cni/margay/pkg/bpf"
+)
+
+// ways runs f for every way in which nodes reach each other, and both families of the packets.
+func ways(t *testing.T, f func(t *testing.T, c *nodetest.Cluster, v6 bool)) {
+	for name, opts := range map[string]nodetest.ClusterOptions{
+		"overlay over IPv4": {}, "overlay over IPv6": {OuterV6: true}, "direct": {Direct: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := nodetest.NewCluster(t, 2, opts)
+			families(t, func(t *testing.T, v6 bool) { f(t, c, v6) })
+			for i, n := range c.Nodes {
+				if diff := cmp.Diff(map[string]uint64{}, unexplained(n.AllDrops())); diff != "" {
+					t.Errorf("node %d: drops (-want +got):\n%s", i, diff)
+				}
+			}
+		})
+	}
+}
+
+// unexplained leaves out what kernels in the namespaces send by themselves.
+func unexplained(drops map[string]uint64) map[string]uint64 {
+	for _, reason := range []string{"multicast", "invalid_nd", "invalid_arp"} {
+		delete(drops, reason)
+	}
+	return drops
+}
+
+// node is a pod's, node's or client's namespace with what it is called by itself.
+type party struct {
+	ns   *netnstest.NS
+	addr netip.Addr
+}
+
+// wantTalk asks over TCP and UDP, and pings.
+func wantTalk(t *testing.T, what string, from party, to netip.AddrPort, want string) {
+	t.Helper()
+	for network := range protocols {
+		got, err := nodetest.Ask(t, from.ns, network, to)
+		wantAnswer(t, what+", "+network, got, err, want+" "+from.addr.String())
+	}
+	from.ns.Do(func() {
+		if out, err := exec.Command("ping", "-n", "-c1", "-W1", to.Addr().String()).CombinedOutput(); err != nil {
+			t.Errorf("%s: ping: %v\n%s", what, err, out)
+		}
+	})
+}
+
+func TestPodsOfTwoNodes(t *testing.T) {
+	t.Parallel()
+	ways(t, func(t *testing.T, c *nodetest.Cluster, v6 bool) {
+		n0, n1 := c.Nodes[0], c.Nodes[1]
+		suffix := fmt.Sprintf("%v", v6)[:1]
+		a, b := n0.AddPod("a"+suffix), n1.AddPod("b"+suffix)
+		nodetest.Serve(t, b.NS, "b", 8080)
+		nodetest.Serve(t, n1.NS, "node1", 9090)
+		nodetest.Serve(t, n0.NS, "node0", 9090)
+		pa, pb := party{a.NS, a.Addr(v6)}, party{b.NS, b.Addr(v6)}
+		node0 := party{n0.NS, family(n0.Addrs, v6)}
+		wantTalk(t, "pod to pod", pa, netip.AddrPortFrom(pb.addr, 8080), "b")
+		wantTalk(t, "pod to the other node", pa, netip.AddrPortFrom(family(n1.Addrs, v6), 9090), "node1")
+		wantTalk(t, "node to the other's pod", node0, netip.AddrPortFrom(pb.addr, 8080), "b")
+		wantTalk(t, "pod to its own node", pa, netip.AddrPortFrom(family(n0.Addrs, v6), 9090), "node0")
+	})
+}
+
+// TestNodePortOnAnotherNode: the client asks node 0, the only pod is on node 1, and sees the client's own address.
+func TestNodePortOnAnotherNode(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string]uint32{"tunnel": 0, "dsr": bpf.ServiceDSR} {
+		t.Run(name, func(t *testing.T) {
+			ways(t, func(t *testing.T, c *nodetest.Cluster, v6 bool) {
+				suffix := fmt.Sprintf("%v", v6)[:1]
+				b := c.Nodes[1].AddPod("b" + suffix)
+				nodetest.Serve(t, b.NS, "b", 8080)
+				id := uint32(0)
+				for _, proto := range protocols {
+					id++
+					any := family([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, v6)
+					c.AddService(id, bpf.NewFrontendKey(proto, any, 30080), flags, netip.AddrPortFrom(b.Addr(v6), 8080))
+				}
+				for network := range protocols {
+					for i, n := range c.Nodes {
+						got, err := nodetest.Ask(t, c.Client, network, netip.AddrPortFrom(family(n.Addrs, v6), 30080))
+						client := family([]netip.Addr{netip.MustParseAddr("192.0.2.100"), netip.MustParseAddr("2001:db8:1::100")}, v6)
+						if i == 1 {
+							client = family([]netip.Addr{netip.MustParseAddr("192.1.2.100"), netip.MustParseAddr("2001:db8:1:1::100")}, v6)
+						}
+						wantAnswer(t, fmt.Sprintf("%s to node %d", network, i), got, err, "b "+client.String())
+					}
+				}
+			})
+		})
+	}
+}
