@@ -46,6 +46,33 @@ int from_netdev(struct __sk_buff *skb)
 	return finish(skb, &p, handle_from_netdev(skb, &p));
 }
 
+/*
+ * Gives a packet from a device without link layer (WireGuard, IPIP, tun) an Ethernet header, as everything behind expects one. The
+ * stack does not see it: it begins at the network header, which stays where it is. A redirect to such a device takes it off again.
+ */
+static __always_inline int push_ethernet(struct __sk_buff *skb)
+{
+	struct ethhdr *eth;
+
+	if (bpf_skb_change_head(skb, sizeof(*eth), 0))
+		return -DROP_NAT;
+	eth = pkt_at(skb, 0, sizeof(*eth));
+	if (!eth)
+		return -DROP_TRUNCATED;
+	eth->h_proto = skb->protocol;
+	return 0;
+}
+
+/* tc ingress of a node's network device that has no link layer. */
+SEC("tc")
+int from_l3_netdev(struct __sk_buff *skb)
+{
+	struct pkt p = {.hook = HOOK_FROM_NETDEV, .direction = INGRESS};
+	int ret = push_ethernet(skb);
+
+	return finish(skb, &p, ret ? ret : handle_from_netdev(skb, &p));
+}
+
 /* tc egress of it: what leaves the node. */
 SEC("tc")
 int to_netdev(struct __sk_buff *skb)

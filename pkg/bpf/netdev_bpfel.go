@@ -36,6 +36,7 @@ const (
 	netdevMapServiceBackends = "service_backends"
 	netdevMapServiceEpochs   = "service_epochs"
 	netdevMapServices        = "services"
+	netdevProgFromL3Netdev   = "from_l3_netdev"
 	netdevProgFromNetdev     = "from_netdev"
 	netdevProgToNetdev       = "to_netdev"
 	netdevVarCfgDropEvents   = "cfg_drop_events"
@@ -84,8 +85,9 @@ type netdevSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type netdevProgramSpecs struct {
-	FromNetdev *ebpf.ProgramSpec `ebpf:"from_netdev"`
-	ToNetdev   *ebpf.ProgramSpec `ebpf:"to_netdev"`
+	FromL3Netdev *ebpf.ProgramSpec `ebpf:"from_l3_netdev"`
+	FromNetdev   *ebpf.ProgramSpec `ebpf:"from_netdev"`
+	ToNetdev     *ebpf.ProgramSpec `ebpf:"to_netdev"`
 }
 
 // netdevMapSpecs contains maps before they are loaded into the kernel.
@@ -201,12 +203,14 @@ type netdevVariables struct {
 //
 // It can be passed to loadNetdevObjects or ebpf.CollectionSpec.LoadAndAssign.
 type netdevPrograms struct {
-	FromNetdev *ebpf.Program `ebpf:"from_netdev"`
-	ToNetdev   *ebpf.Program `ebpf:"to_netdev"`
+	FromL3Netdev *ebpf.Program `ebpf:"from_l3_netdev"`
+	FromNetdev   *ebpf.Program `ebpf:"from_netdev"`
+	ToNetdev     *ebpf.Program `ebpf:"to_netdev"`
 }
 
 func (p *netdevPrograms) Close() error {
 	return _NetdevClose(
+		p.FromL3Netdev,
 		p.FromNetdev,
 		p.ToNetdev,
 	)

@@ -6,13 +6,14 @@ import "github.com/cilium/ebpf"
 
 // Program names, as pinned and as in bpf/*.bpf.c.
 const (
-	ProgFromPod     = "from_pod"
-	ProgToPod       = "to_pod"
-	ProgFromNetdev  = "from_netdev"
-	ProgToNetdev    = "to_netdev"
-	ProgFromOverlay = "from_overlay"
-	ProgToOverlay   = "to_overlay"
-	ProgSweepFlows  = "sweep_flows"
+	ProgFromPod      = "from_pod"
+	ProgToPod        = "to_pod"
+	ProgFromNetdev   = "from_netdev"
+	ProgFromL3Netdev = "from_l3_netdev"
+	ProgToNetdev     = "to_netdev"
+	ProgFromOverlay  = "from_overlay"
+	ProgToOverlay    = "to_overlay"
+	ProgSweepFlows   = "sweep_flows"
 )
 
 // MapSpecs returns the definition of every map in bpf/maps.h, by name.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -32,9 +33,11 @@ type hookPoint struct {
 }
 
 var (
-	podHooks     = []hookPoint{{bpf.ProgFromPod, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToPod, netlink.HANDLE_MIN_EGRESS}}
-	netdevHooks  = []hookPoint{{bpf.ProgFromNetdev, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToNetdev, netlink.HANDLE_MIN_EGRESS}}
-	overlayHooks = []hookPoint{{bpf.ProgFromOverlay, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToOverlay, netlink.HANDLE_MIN_EGRESS}}
+	podHooks    = []hookPoint{{bpf.ProgFromPod, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToPod, netlink.HANDLE_MIN_EGRESS}}
+	netdevHooks = []hookPoint{{bpf.ProgFromNetdev, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToNetdev, netlink.HANDLE_MIN_EGRESS}}
+	// A device without link layer needs another program, and to_netdev does not know its packets.
+	l3NetdevHooks = []hookPoint{{bpf.ProgFromL3Netdev, netlink.HANDLE_MIN_INGRESS}}
+	overlayHooks  = []hookPoint{{bpf.ProgFromOverlay, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToOverlay, netlink.HANDLE_MIN_EGRESS}}
 )
 
 // AttachPod attaches from_pod and to_pod to a pod's host-side device, in the calling thread's network namespace. An older build's
@@ -47,14 +50,41 @@ func (d *Datapath) DetachPod(ifindex int) error { return detach(ifindex, podHook
 // PodAttached wraps ErrNotAttached unless both programs of this build are on the device.
 func (d *Datapath) PodAttached(ifindex int) error { return d.attached(ifindex, podHooks) }
 
-// AttachNetdev attaches from_netdev and to_netdev to a network device of the node; otherwise like AttachPod.
-func (d *Datapath) AttachNetdev(ifindex int) error { return d.attach(ifindex, netdevHooks) }
+// AttachNetdev attaches from_netdev and to_netdev to a network device of the node, or from_l3_netdev to one without link layer;
+// otherwise like AttachPod.
+func (d *Datapath) AttachNetdev(ifindex int) error {
+	hooks, err := netdevHooksOf(ifindex)
+	if err != nil {
+		return err
+	}
+	return d.attach(ifindex, hooks)
+}
 
 // DetachNetdev is like DetachPod for a network device of the node.
-func (d *Datapath) DetachNetdev(ifindex int) error { return detach(ifindex, netdevHooks) }
+func (d *Datapath) DetachNetdev(ifindex int) error {
+	return detach(ifindex, slices.Concat(netdevHooks, l3NetdevHooks))
+}
 
 // NetdevAttached is like PodAttached for a network device of the node.
-func (d *Datapath) NetdevAttached(ifindex int) error { return d.attached(ifindex, netdevHooks) }
+func (d *Datapath) NetdevAttached(ifindex int) error {
+	hooks, err := netdevHooksOf(ifindex)
+	if err != nil {
+		return err
+	}
+	return d.attached(ifindex, hooks)
+}
+
+// netdevHooksOf returns what belongs on a network device of the node.
+func netdevHooksOf(ifindex int) ([]hookPoint, error) {
+	l, err := netlink.LinkByIndex(ifindex)
+	if err != nil {
+		return nil, fmt.Errorf("look at device %d: %w", ifindex, err)
+	}
+	if l.Attrs().EncapType == "ether" {
+		return netdevHooks, nil
+	}
+	return l3NetdevHooks, nil
+}
 
 // AttachOverlay attaches from_overlay and to_overlay to the VXLAN device; otherwise like AttachPod.
 func (d *Datapath) AttachOverlay(ifindex int) error { return d.attach(ifindex, overlayHooks) }

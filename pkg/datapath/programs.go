@@ -14,7 +14,7 @@ import (
 )
 
 var (
-	programNames = []string{bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay, bpf.ProgSweepFlows}
+	programNames = []string{bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgFromL3Netdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay, bpf.ProgSweepFlows}
 	podPrograms  = []string{bpf.ProgFromPod, bpf.ProgToPod}
 )
 
