@@ -47,8 +47,8 @@ func newServiceMaps(r *service.Result) serviceMaps {
 }
 
 // addByHash adds the list by which the backends on this node are found for what other nodes forward: the hash comes with the packet. Of two
-// backends with one hash the first has the slot. Slot 0, which is no hash, has the first of all: for a packet whose backend is no
-// longer here.
+// backends with one hash the first has the slot. Slot 0, which is no hash, has the first of all: for a packet that carries no
+// hash.
 func (w *serviceMaps) addByHash(id uint32, backends []netip.AddrPort) {
 	for i, b := range backends {
 		k := bpf.BackendKey{List: bpf.BackendByHash | id}
