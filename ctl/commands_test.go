@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/internal/testutil/eventtest"
@@ -67,6 +68,40 @@ func (n *testNode) addServices(t *testing.T) {
 	n.put(t, "services", bpf.NewFrontendKey(tcp, unspecified, 30080), web)
 	n.put(t, "services", bpf.NewFrontendKey(udp, n.service, 53), bpf.Service{Id: 5, Flags: bpf.ServiceDropExternal})
 	n.put(t, "services", bpf.NewFrontendKey(udp, n.service, 54), bpf.Service{Id: 6, List: [2]uint32{100, 100}, Count: [2]uint32{3, 3}})
+}
+
+// addNodes adds another node, with a range of pods and an address of its own, and a service in both places that answers directly.
+func (n *testNode) addNodes(t *testing.T) {
+	t.Helper()
+	const noPrealloc = 1
+	pin[bpf.Addr, uint32](t, n, "node_addrs", ebpf.Hash, 64, noPrealloc)
+	pin[bpf.RouteKey, bpf.Route](t, n, "routes", ebpf.LPMTrie, 64, noPrealloc)
+	pin[uint32, bpf.Node](t, n, "nodes", ebpf.Array, 64, 0)
+	n.put(t, "nodes", uint32(2), bpf.Node{Addr: bpf.NewAddr(n.otherNode)})
+	n.put(t, "node_addrs", bpf.NewAddr(n.otherNode), bpf.NodeAddrRemote|2<<bpf.NodeAddrIndexShift)
+	// Pods of a node that has left the map nodes meanwhile.
+	n.put(t, "routes", bpf.NewRouteKey(n.otherRange), bpf.Route{Node: 3})
+	n.put(t, "routes", bpf.NewRouteKey(netip.PrefixFrom(n.otherPod, n.otherPod.BitLen()-1)), bpf.Route{Node: 2, Flags: bpf.RouteOverlay})
+	n.put(t, "routes", bpf.NewRouteKey(netip.PrefixFrom(n.external, n.external.BitLen())), bpf.Route{Flags: bpf.RouteNoMasquerade})
+	backends := []netip.Addr{n.web1, n.otherPod, n.otherNode, n.otherRange.Addr().Next(), n.external}
+	for i, a := range backends {
+		n.put(t, "backends", bpf.BackendKey{List: 102, Slot: uint32(i)}, bpf.NewBackend(netip.AddrPortFrom(a, 9090)))
+	}
+	// What other nodes forward here is no list of a frontend, and not shown.
+	n.put(t, "backends", bpf.BackendKey{List: bpf.BackendByHash | 7, Slot: 5}, bpf.NewBackend(netip.AddrPortFrom(n.web1, 9090)))
+	all := uint32(len(backends))
+	n.put(t, "services", bpf.NewFrontendKey(tcp, n.service, 90), bpf.Service{
+		Id: 7, List: [2]uint32{102, 102}, Count: [2]uint32{all, all}, Flags: bpf.ServiceDSR | bpf.ServiceExternalLocal,
+	})
+}
+
+func TestServicesOfSeveralNodes(t *testing.T) {
+	eachFamily(t, func(t *testing.T, n *testNode) {
+		n.addNodes(t)
+		n.write(t, flow.ServicesFile, `{"7":"default/far:http"}`)
+		n.golden(t, "services-nodes", "services")
+		n.golden(t, "services-nodes-json", "services", "-o", "json")
+	})
 }
 
 func TestServices(t *testing.T) {

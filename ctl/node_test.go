@@ -38,13 +38,17 @@ type family struct {
 	name                                  string
 	client, web1, web2, service, external netip.Addr
 	cidr                                  netip.Prefix
+	otherNode, otherPod                   netip.Addr
+	otherRange                            netip.Prefix
 }
 
 func families() []family {
 	a := netip.MustParseAddr
 	return []family{
-		{"ipv4", a("10.1.0.5"), a("10.1.0.7"), a("10.1.0.8"), a("10.96.0.10"), a("192.0.2.9"), netip.MustParsePrefix("192.0.2.0/24")},
-		{"ipv6", a("fd00:1::5"), a("fd00:1::7"), a("fd00:1::8"), a("fd00:96::10"), a("2001:db8::9"), netip.MustParsePrefix("2001:db8::/32")},
+		{"ipv4", a("10.1.0.5"), a("10.1.0.7"), a("10.1.0.8"), a("10.96.0.10"), a("192.0.2.9"), netip.MustParsePrefix("192.0.2.0/24"),
+			a("198.51.100.2"), a("10.2.0.7"), netip.MustParsePrefix("10.2.0.0/16")},
+		{"ipv6", a("fd00:1::5"), a("fd00:1::7"), a("fd00:1::8"), a("fd00:96::10"), a("2001:db8::9"), netip.MustParsePrefix("2001:db8::/32"),
+			a("fd00:f::2"), a("fd00:2::7"), netip.MustParsePrefix("fd00:2::/48")},
 	}
 }
 

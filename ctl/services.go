@@ -4,6 +4,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/state"
 )
 
 // backendInfo is one backend of a frontend. Scopes say for whom: "internal" (pods and processes of this node), "external" (clients from
@@ -23,6 +25,9 @@ type backendInfo struct {
 	Address netip.AddrPort `json:"address"`
 	Pod     string         `json:"pod,omitempty"`
 	Scopes  []string       `json:"scopes"`
+	// Location is "local" or "remote", empty if not known; Node is a remote backend's node, by its address.
+	Location string     `json:"location,omitempty"`
+	Node     netip.Addr `json:"node,omitzero"`
 }
 
 // serviceInfo is one frontend of a service port.
@@ -35,8 +40,10 @@ type serviceInfo struct {
 	NodePort bool          `json:"nodePort"`
 	Backends []backendInfo `json:"backends"`
 	// Missing backends are counted by the service, but not in their list.
-	Missing int      `json:"missing,omitempty"`
-	Flags   []string `json:"flags,omitempty"`
+	Missing int `json:"missing,omitempty"`
+	// Return is the way that the answers of remote backends take to clients outside: "tunnel" or "dsr".
+	Return string   `json:"return"`
+	Flags  []string `json:"flags,omitempty"`
 }
 
 type serviceList struct {
@@ -62,7 +69,12 @@ func newServices(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			list, err := collectServices(services, backends, a.names())
+			names := a.names()
+			at, err := openPlaces(s, names)
+			if err != nil {
+				return err
+			}
+			list, err := collectServices(services, backends, names, at)
 			if err != nil {
 				return err
 			}
@@ -74,7 +86,7 @@ func newServices(a *app) *cobra.Command {
 }
 
 // collectServices reads every frontend with its backends, ordered by name and frontend.
-func collectServices(services, backends *ebpf.Map, names *flow.Names) ([]serviceInfo, error) {
+func collectServices(services, backends *ebpf.Map, names *flow.Names, at *places) ([]serviceInfo, error) {
 	slots := map[bpf.BackendKey]netip.AddrPort{}
 	err := flow.Entries(backends, func(k bpf.BackendKey, b bpf.Backend) bool {
 		slots[k] = b.AddrPort()
@@ -88,6 +100,9 @@ func collectServices(services, backends *ebpf.Map, names *flow.Names) ([]service
 		list = append(list, newServiceInfo(k, s, slots, names))
 		return true
 	})
+	for i := range list {
+		err = errors.Join(err, list[i].locate(at))
+	}
 	slices.SortFunc(list, func(a, b serviceInfo) int {
 		return cmp.Or(nameless(a)-nameless(b), strings.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID), a.Frontend.Compare(b.Frontend))
 	})
@@ -106,7 +121,11 @@ func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]n
 	frontend := netip.AddrPortFrom(k.Addr.Netip(), bpf.Port16(k.Port))
 	info := serviceInfo{
 		ID: s.Id, Name: names.Service(s.Id), Protocol: flow.ProtocolName(k.Proto), Frontend: frontend,
-		NodePort: frontend.Addr().IsUnspecified(), Backends: []backendInfo{}, Flags: bpf.ServiceFlagNames(s.Flags),
+		NodePort: frontend.Addr().IsUnspecified(), Backends: []backendInfo{}, Flags: bpf.ServiceFlagNames(s.Flags &^ bpf.ServiceDSR),
+		Return: string(state.ReturnTunnel),
+	}
+	if s.Flags&bpf.ServiceDSR != 0 {
+		info.Return = string(state.ReturnDSR)
 	}
 	scopes := map[netip.AddrPort][]string{}
 	for scope, name := range []string{bpf.ScopeExternal: "external", bpf.ScopeInternal: "internal"} {
@@ -128,19 +147,44 @@ func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]n
 	return info
 }
 
+// locate fills in where the backends are.
+func (s *serviceInfo) locate(at *places) error {
+	for i := range s.Backends {
+		b := &s.Backends[i]
+		where, err := at.of(b.Address.Addr())
+		if err != nil {
+			return err
+		}
+		b.Location, b.Node = where.location, where.node
+	}
+	return nil
+}
+
+// text is the backend in a table: pod and port or the address, and of a remote one its node.
+func (b backendInfo) text(protocol string) string {
+	name := end(protocol, b.Address, b.Pod)
+	switch {
+	case b.Node.IsValid():
+		return name + "@" + b.Node.String()
+	case b.Location == placeRemote:
+		return name + "@" + placeRemote
+	}
+	return name
+}
+
 func (l serviceList) print(w io.Writer) {
 	if len(l.Services) == 0 {
 		fmt.Fprintln(w, "no services: margay-agent has not written any")
 		return
 	}
-	t := newTable("NAME", "PROTO", "FRONTEND", "COUNT", "BACKENDS", "FLAGS")
+	t := newTable("NAME", "PROTO", "FRONTEND", "COUNT", "BACKENDS", "RETURN", "FLAGS")
 	for _, s := range l.Services {
 		var ends []string
 		for _, b := range s.Backends {
 			if l.numeric {
 				b.Pod = ""
 			}
-			ends = append(ends, end(s.Protocol, b.Address, b.Pod))
+			ends = append(ends, b.text(s.Protocol))
 		}
 		flags := slices.Clone(s.Flags)
 		if s.NodePort {
@@ -150,7 +194,7 @@ func (l serviceList) print(w io.Writer) {
 			flags = append(flags, fmt.Sprintf("%d missing", s.Missing))
 		}
 		name := cmp.Or(s.Name, fmt.Sprintf("service %d", s.ID))
-		t.add(name, s.Protocol, s.Frontend.String(), s.counts(), dash(shorten(ends, 3)), dash(strings.Join(flags, ",")))
+		t.add(name, s.Protocol, s.Frontend.String(), s.counts(), dash(shorten(ends, 3)), s.Return, dash(strings.Join(flags, ",")))
 	}
 	t.print(w)
 }

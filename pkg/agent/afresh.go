@@ -3,8 +3,6 @@
 package agent
 
 import (
-	"math"
-
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/policy"
 	"github.com/margay-cni/margay/pkg/service"
@@ -48,6 +46,10 @@ func (p *pipeline) numberAfresh() {
 		services[k.ServiceId] = true
 	}
 	for k := range p.m.backends.have {
+		if k.List > service.MaxList {
+			services[k.List&^bpf.BackendByHash] = true
+			continue
+		}
 		list = max(list, k.List)
 	}
 
@@ -68,7 +70,7 @@ func (p *pipeline) numberAfresh() {
 	p.must(p.services.Import(service.Numbers{
 		Version:  p.services.Export().Version,
 		Services: service.NumberRange{Next: next, Released: free},
-		Lists:    service.NumberRange{Next: min(list, math.MaxUint32-1) + 1},
+		Lists:    service.NumberRange{Next: min(list, service.MaxList-1) + 1},
 	}))
 }
 

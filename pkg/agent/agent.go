@@ -52,6 +52,8 @@ type Config struct {
 	// Source of snapshots; SelectorSlices makes endpoint slices from services' selectors, where nobody else does.
 	Source         Source
 	SelectorSlices bool
+	// ServiceReturn is the way back for services without an annotation of their own; default tunnel.
+	ServiceReturn state.ServiceReturn
 	// Tables, Epochs, Attach and Sweep are the kernel.
 	Tables Tables
 	Epochs Epochs
@@ -82,6 +84,13 @@ func (c *Config) validate() error {
 		if _, err := path.Match(p, ""); err != nil {
 			errs = append(errs, fmt.Errorf("device pattern %q: %w", p, err))
 		}
+	}
+	if c.ServiceReturn == "" {
+		c.ServiceReturn = state.ReturnTunnel
+	}
+	if !c.ServiceReturn.Known() {
+		errs = append(errs, fmt.Errorf("service return is %q, want %q or %q",
+			string(c.ServiceReturn), string(state.ReturnTunnel), string(state.ReturnDSR)))
 	}
 	if c.Resync < 0 {
 		errs = append(errs, fmt.Errorf("resync is %v, want a positive duration", c.Resync))

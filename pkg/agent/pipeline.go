@@ -137,7 +137,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 	if n := cfg.MaxEntries["policy"]; n > 0 {
 		limits.Entries = int(n)
 	}
-	policies, services := newCompilers(cfg.Node, limits)
+	policies, services := newCompilers(cfg.Node, limits, cfg.ServiceReturn)
 	file := func(name string) *savedFile { return &savedFile{path: filepath.Join(cfg.Run, name)} }
 	return &pipeline{
 		node:        cfg.Node,
@@ -163,10 +163,12 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 	}
 }
 
-func newCompilers(node string, limits policy.Limits) (*policy.Compiler, *service.Compiler) {
+func newCompilers(node string, limits policy.Limits, way state.ServiceReturn) (*policy.Compiler, *service.Compiler) {
 	policies := policy.NewCompiler()
 	policies.Limits = limits
-	return policies, service.NewCompiler(node)
+	services := service.NewCompiler(node)
+	services.DefaultReturn = way
+	return policies, services
 }
 
 // run works until ctx ends: one round for whatever has come in since the last one.

@@ -19,7 +19,8 @@ func (p *pipeline) planServices(hold bool) []uint32 {
 }
 
 // applyServices brings the service maps to what they should hold. At no instant does a frontend count a backend that is not there: lists
-// grow before the frontends that count them, and shrink by what the kernel's frontends actually count.
+// grow before the frontends that count them, and shrink by what the kernel's frontends actually count. The lists by hash
+// (BACKEND_BY_HASH) are written with the others; no frontend counts them, so what they should not hold goes with the last deletes.
 //
 // With hold nothing is taken back: frontends, lists and members that the snapshot does not explain stay.
 func (p *pipeline) applyServices(hold bool) {

@@ -39,7 +39,9 @@ func randomServices(r *rand.Rand) *state.Snapshot {
 				if ipv6 {
 					a = netip.MustParseAddr(fmt.Sprintf("fd00:%d::%d", n, b*r.IntN(3)+1))
 				}
-				slice.Endpoints = append(slice.Endpoints, state.Endpoint{Addr: a, Node: "n1", Ready: r.IntN(4) > 0, Serving: true})
+				slice.Endpoints = append(slice.Endpoints, state.Endpoint{
+					Addr: a, Node: fmt.Sprintf("n%d", 1+r.IntN(2)), Ready: r.IntN(4) > 0, Serving: true, Terminating: r.IntN(4) == 0,
+				})
 			}
 			s.EndpointSlices[slice.Key] = slice
 		}
@@ -62,9 +64,18 @@ func (k *fakeKernel) halfBuilt() string {
 	return ""
 }
 
-// astray returns which frontend of randomServices leads to another service's backend, or "".
+// astray returns which frontend of randomServices leads to another service's backend, in its lists or by a hash, or "".
 func (k *fakeKernel) astray() string {
+	hashed := byHash(k.backends.entries)
 	for frontend, svc := range k.services.entries {
+		for slot, b := range hashed[svc.Id] {
+			if want, got := owner(frontend), owner(bpf.FrontendKey{Addr: bpf.NewAddr(b.Addr())}); want != got {
+				return fmt.Sprintf("frontend %v leads by hash to %v", frontend, b)
+			}
+			if slot != 0 && slot != bpf.BackendHash(b) {
+				return fmt.Sprintf("service %d has %v under hash %d, want %d", svc.Id, b, slot, bpf.BackendHash(b))
+			}
+		}
 		for scope := range svc.List {
 			for slot := range svc.Count[scope] {
 				b := k.backends.entries[bpf.BackendKey{List: svc.List[scope], Slot: slot}]

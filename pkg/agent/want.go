@@ -37,10 +37,29 @@ func newServiceMaps(r *service.Result) serviceMaps {
 			w.backends[bpf.BackendKey{List: list, Slot: uint32(slot)}] = bpf.NewBackend(b)
 		}
 	}
+	for id, backends := range r.LocalBackends {
+		w.addByHash(id, backends)
+	}
 	for m := range r.Serving {
 		w.members[bpf.NewServiceBackend(m.Service, m.Backend)] = 1
 	}
 	return w
+}
+
+// addByHash adds the list by which the backends on this node are found for what other nodes forward: the hash comes with the packet. Of two
+// backends with one hash the first has the slot. Slot 0, which is no hash, has the first of all: for a packet that carries no
+// hash.
+func (w *serviceMaps) addByHash(id uint32, backends []netip.AddrPort) {
+	for i, b := range backends {
+		k := bpf.BackendKey{List: bpf.BackendByHash | id}
+		if i == 0 {
+			w.backends[k] = bpf.NewBackend(b)
+		}
+		k.Slot = bpf.BackendHash(b)
+		if _, taken := w.backends[k]; !taken {
+			w.backends[k] = bpf.NewBackend(b)
+		}
+	}
 }
 
 func newService(s service.Service) bpf.Service {
@@ -50,6 +69,12 @@ func newService(s service.Service) bpf.Service {
 	}
 	if s.DropEmpty[service.Internal] {
 		out.Flags |= bpf.ServiceDropInternal
+	}
+	if s.ExternalLocal {
+		out.Flags |= bpf.ServiceExternalLocal
+	}
+	if s.DSR {
+		out.Flags |= bpf.ServiceDSR
 	}
 	return out
 }

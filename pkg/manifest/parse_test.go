@@ -161,6 +161,13 @@ func snapshotOf(t *testing.T, text string) *state.Snapshot {
 	return s
 }
 
+func TestServiceReturnAnnotation(t *testing.T) {
+	s := snapshotOf(t, strings.Replace(goodService, "  namespace: web\n", "  namespace: web\n  annotations: {margay.io/service-return: dsr}\n", 1))
+	if got := s.Services[state.Key{Namespace: "web", Name: "api"}].Return; got != state.ReturnDSR {
+		t.Errorf("Return = %q, want %q", got, state.ReturnDSR)
+	}
+}
+
 func TestDefaultsOfTheAPIServer(t *testing.T) {
 	s := snapshotOf(t, goodService+`---
 apiVersion: v1

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
-	"math"
 	"net/netip"
 	"slices"
 
@@ -17,6 +16,9 @@ import (
 
 // Compiler turns snapshots into results. It remembers the numbers it gave and the order of the slots. Not safe for concurrent use.
 type Compiler struct {
+	// DefaultReturn is the way back for services that name none; the zero value is the tunnel. Set it before Compile.
+	DefaultReturn state.ServiceReturn
+
 	node       string
 	ids, lists allocator
 	ports      map[portKey]*port
@@ -27,7 +29,7 @@ func NewCompiler(node string) *Compiler {
 	return &Compiler{
 		node:  node,
 		ids:   allocator{next: 1, max: MaxServiceID},
-		lists: allocator{next: 1, max: math.MaxUint32},
+		lists: allocator{next: 1, max: MaxList},
 		ports: map[portKey]*port{},
 	}
 }
@@ -39,11 +41,13 @@ func (c *Compiler) Compile(s *state.Snapshot) *Result {
 		slices:   indexSlices(s),
 		used:     make(map[portKey]bool, len(c.ports)),
 		result: &Result{
-			Frontends: make(map[Frontend]Service, len(s.Services)),
-			Lists:     make(map[uint32][]netip.AddrPort, len(s.Services)),
-			Serving:   map[Member]struct{}{},
+			Frontends:     make(map[Frontend]Service, len(s.Services)),
+			Lists:         make(map[uint32][]netip.AddrPort, len(s.Services)),
+			Serving:       map[Member]struct{}{},
+			LocalBackends: map[uint32][]netip.AddrPort{},
 		},
 	}
+	r.here = addrsOf(s, c.node)
 	if n := s.Nodes[c.node]; n != nil {
 		r.zone = n.Labels[corev1.LabelTopologyZone]
 	}
@@ -60,8 +64,10 @@ func (c *Compiler) Compile(s *state.Snapshot) *Result {
 type run struct {
 	compiler *Compiler
 	zone     string
-	slices   sliceIndex
-	used     map[portKey]bool
+	// here are this node's own addresses and its pods'.
+	here   location
+	slices sliceIndex
+	used   map[portKey]bool
 	// freed are list numbers to be released at the end: none is used twice in one compilation.
 	freed  []uint32
 	claims []claim
@@ -73,17 +79,29 @@ func (r *run) problem(service state.Key, format string, args ...any) {
 }
 
 func (r *run) compileService(svc *state.Service) {
+	base := Service{Name: svc.Key, AffinitySeconds: svc.AffinitySeconds, DSR: r.wayBack(svc) == state.ReturnDSR}
 	for _, port := range svc.Ports {
 		for _, ipv6 := range []bool{false, true} {
 			// A service takes part in a family only through a cluster address (row I4).
 			if len(ofFamily(svc.ClusterIPs, ipv6)) > 0 {
-				r.compilePort(svc, port, ipv6)
+				r.compilePort(svc, base, port, ipv6)
 			}
 		}
 	}
 }
 
-func (r *run) compilePort(svc *state.Service, sp state.ServicePort, ipv6 bool) {
+// wayBack is the way that the answers of a service's backends on other nodes take.
+func (r *run) wayBack(svc *state.Service) state.ServiceReturn {
+	if svc.Return != "" && !svc.Return.Known() {
+		r.problem(svc.Key, "annotation %s is %q, want %q or %q: the agent's default holds",
+			state.AnnotationServiceReturn, string(svc.Return), string(state.ReturnTunnel), string(state.ReturnDSR))
+		return r.compiler.DefaultReturn
+	}
+	return cmp.Or(svc.Return, r.compiler.DefaultReturn)
+}
+
+// compilePort compiles one port in one family; base is what all of the service's frontends have in common.
+func (r *run) compilePort(svc *state.Service, base Service, sp state.ServicePort, ipv6 bool) {
 	key := portKey{service: svc.Key, port: sp.Name, protocol: sp.Protocol, ipv6: ipv6}
 	if r.used[key] {
 		r.problem(svc.Key, "port %q with %s is there twice", sp.Name, sp.Protocol)
@@ -94,9 +112,12 @@ func (r *run) compilePort(svc *state.Service, sp state.ServicePort, ipv6 bool) {
 		r.problem(svc.Key, "all %d service ids are in use: port %d is not served", MaxServiceID, sp.Port)
 		return
 	}
-	chosen := selectEndpoints(mergeEndpoints(r.slices[svc.Key], sp, ipv6, r.compiler.node), r.compiler.node, r.zone)
+	chosen := selectEndpoints(mergeEndpoints(r.slices[svc.Key], sp, ipv6, r.compiler.node), r.compiler.node, r.zone, r.here)
 	for _, b := range chosen.serving {
 		r.result.Serving[Member{Service: p.id, Backend: b}] = struct{}{}
+	}
+	if len(chosen.here) > 0 {
+		r.result.LocalBackends[p.id] = chosen.here
 	}
 	outside, problems := outsideAddrs(svc, sp, ipv6)
 	for _, message := range problems {
@@ -107,7 +128,7 @@ func (r *run) compilePort(svc *state.Service, sp state.ServicePort, ipv6 bool) {
 	r.update(&p.local, chosen.local, svc.InternalLocal || (svc.ExternalLocal && len(outside) > 0))
 	byPolicy := map[bool]*list{false: &p.cluster, true: &p.local}
 
-	base := Service{ID: p.id, AffinitySeconds: svc.AffinitySeconds, Name: svc.Key, PortName: sp.Name}
+	base.ID, base.PortName = p.id, sp.Name
 	inside := base.with(byPolicy[svc.InternalLocal], byPolicy[svc.InternalLocal], chosen.any)
 	for _, a := range ofFamily(svc.ClusterIPs, ipv6) {
 		if a.IsUnspecified() {
@@ -116,6 +137,7 @@ func (r *run) compilePort(svc *state.Service, sp state.ServicePort, ipv6 bool) {
 		}
 		r.claim(netip.AddrPortFrom(a, sp.Port), sp.Protocol, clusterIP, inside)
 	}
+	base.ExternalLocal = svc.ExternalLocal
 	for _, o := range outside {
 		r.claim(o.addr, sp.Protocol, o.kind, base.with(byPolicy[svc.ExternalLocal], &p.cluster, chosen.any))
 	}

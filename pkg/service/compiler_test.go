@@ -174,6 +174,7 @@ func TestV2_OutsideAddressesFollowTheExternalPolicy(t *testing.T) {
 		}
 		for frontend, s := range r.Frontends {
 			want := Service{ID: s.ID, Lists: s.Lists, Counts: s.Counts, AffinitySeconds: 60, Name: apiKey, PortName: "http"}
+			want.ExternalLocal = frontend != f.clusterFrontend()
 			if s != want {
 				t.Errorf("%v = %+v, want %+v", frontend, s, want)
 			}

@@ -68,19 +68,58 @@ func mergeEndpoints(group []*state.EndpointSlice, port state.ServicePort, ipv6 b
 	return out
 }
 
+// location are the addresses of one node and of its pods.
+type location struct {
+	addrs  map[netip.Addr]bool
+	ranges []netip.Prefix
+}
+
+// addrsOf collects the addresses that are known to be on a node. Finished pods have given theirs back, and a pod on the host's network has
+// the node's.
+func addrsOf(s *state.Snapshot, node string) location {
+	l := location{addrs: map[netip.Addr]bool{}}
+	if n := s.Nodes[node]; n != nil {
+		l.ranges = n.PodCIDRs
+		for _, a := range n.Addresses {
+			l.addrs[a.Unmap()] = true
+		}
+	}
+	for _, p := range s.Pods {
+		if node == "" || p.Node != node || p.Finished {
+			continue
+		}
+		for _, a := range p.IPs {
+			l.addrs[a.Unmap()] = true
+		}
+	}
+	return l
+}
+
+// has reports whether other nodes forward the endpoint's traffic to this place. They go by its address, so an endpoint that names no node
+// (a slice written by hand) is found by its address here too, although for traffic policies it is nowhere (row I8).
+func (l location) has(e *endpoint) bool {
+	if e.Node != "" {
+		return e.local
+	}
+	a := e.backend.Addr()
+	return l.addrs[a] || slices.ContainsFunc(l.ranges, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
 // selection is what a service port's traffic may use.
 type selection struct {
 	cluster, local []netip.AddrPort
 	serving        []netip.AddrPort
+	// here is what any node's list may hold of this node's endpoints.
+	here []netip.AddrPort
 	// any says that there is a usable endpoint somewhere (row S5).
 	any bool
 }
 
 // selectEndpoints chooses the endpoints for both traffic policies (rows S2 to S5).
-func selectEndpoints(endpoints []endpoint, node, zone string) selection {
+func selectEndpoints(endpoints []endpoint, node, zone string, here location) selection {
 	var out selection
 	topology := hints(endpoints, node, zone)
-	var clusterFallback, localFallback []netip.AddrPort
+	var clusterFallback, localFallback, ready, draining []netip.AddrPort
 	for i := range endpoints {
 		e := &endpoints[i]
 		if e.Ready || e.Serving {
@@ -95,11 +134,17 @@ func selectEndpoints(endpoints []endpoint, node, zone string) selection {
 			if e.local {
 				out.local = append(out.local, e.backend)
 			}
+			if here.has(e) {
+				ready = append(ready, e.backend)
+			}
 		case e.fallback():
 			out.any = true
 			clusterFallback = append(clusterFallback, e.backend)
 			if e.local {
 				localFallback = append(localFallback, e.backend)
+			}
+			if here.has(e) {
+				draining = append(draining, e.backend)
 			}
 		}
 	}
@@ -109,6 +154,9 @@ func selectEndpoints(endpoints []endpoint, node, zone string) selection {
 	if len(out.local) == 0 {
 		out.local = localFallback
 	}
+	slices.SortFunc(ready, netip.AddrPort.Compare)
+	slices.SortFunc(draining, netip.AddrPort.Compare)
+	out.here = append(ready, draining...)
 	return out
 }
 

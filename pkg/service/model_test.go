@@ -90,7 +90,7 @@ func drawEndpoint(t *rapid.T, f family) state.Endpoint {
 	}
 	return state.Endpoint{
 		Addr:        f.pod(rapid.IntRange(1, 6).Draw(t, "pod")),
-		Node:        rapid.SampledFrom([]string{"", thisNode, "node-b"}).Draw(t, "node"),
+		Node:        rapid.SampledFrom([]string{"", thisNode, "node-b", "node-c"}).Draw(t, "node"),
 		Ready:       rapid.Bool().Draw(t, "ready"),
 		Serving:     rapid.Bool().Draw(t, "serving"),
 		Terminating: rapid.Bool().Draw(t, "terminating"),

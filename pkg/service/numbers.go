@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
-	"math"
 	"net/netip"
 	"slices"
 
@@ -138,7 +137,7 @@ func (c *Compiler) Import(n Numbers) error {
 	if err != nil {
 		return fmt.Errorf("import service numbers: %w", err)
 	}
-	lists, err := newChecker("list", n.Lists, math.MaxUint32)
+	lists, err := newChecker("list", n.Lists, MaxList)
 	if err != nil {
 		return fmt.Errorf("import service numbers: %w", err)
 	}

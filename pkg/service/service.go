@@ -18,6 +18,9 @@ import (
 // MaxServiceID is the largest service id: the map of service epochs is an array.
 const MaxServiceID = 65535
 
+// MaxList is the largest number of a list. The numbers above name lists that are found by service id (BACKEND_BY_HASH in bpf/types.h).
+const MaxList = 1<<31 - 1
+
 // Scope says who asks; it indexes Service's two-element arrays as enum service_scope in bpf/types.h does.
 type Scope int
 
@@ -45,6 +48,11 @@ type Service struct {
 	// DropEmpty says what an empty list means: true if the service has endpoints that this traffic may not use, so it is
 	// dropped; false if it has none at all, so it is refused (row S5).
 	DropEmpty [2]bool
+	// ExternalLocal says that the frontend is an outside one under external traffic policy Local: no other node's backends for
+	// clients outside.
+	ExternalLocal bool
+	// DSR says that the backend's node answers clients outside itself, not through the node at which they asked.
+	DSR bool
 	// AffinitySeconds is the ClientIP affinity timeout; 0 means none.
 	AffinitySeconds uint32
 	// Name and PortName are for people.
@@ -72,6 +80,9 @@ type Result struct {
 	// Serving holds every endpoint that serves, whatever the traffic policy and the topology say, so that flows outlive changes of
 	// those (row U1). Members of lists are always in it: also endpoints that are published although they are not ready.
 	Serving map[Member]struct{}
+	// LocalBackends are, by service id, the backends on this node that any node may choose, whatever the traffic policy and the
+	// topology are there: what other nodes forward here is for one of them. Ready ones come first, each group sorted; never empty.
+	LocalBackends map[uint32][]netip.AddrPort
 	// Problems are sorted by service.
 	Problems []Problem
 }

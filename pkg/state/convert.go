@@ -19,6 +19,9 @@ import (
 // labelServiceProxyName on a service says that another proxy serves it (row I1).
 const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
+// AnnotationServiceReturn on a service overrides the agent's default way back for its answers (docs/services.md).
+const AnnotationServiceReturn = "margay.io/service-return"
+
 // DefaultAffinitySeconds is the ClientIP affinity timeout of a service that names none.
 const DefaultAffinitySeconds = uint32(corev1.DefaultClientIPServiceAffinitySeconds)
 
@@ -97,6 +100,7 @@ func FromService(s *corev1.Service) *Service {
 		Selector:        maps.Clone(s.Spec.Selector),
 		InternalLocal:   s.Spec.InternalTrafficPolicy != nil && *s.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 		PublishNotReady: s.Spec.PublishNotReadyAddresses,
+		Return:          ServiceReturn(s.Annotations[AnnotationServiceReturn]),
 	}
 	if len(out.ClusterIPs) == 0 {
 		return nil

@@ -59,6 +59,12 @@ func TestFromService(t *testing.T) {
 		{"V3: status decides, and its mode", func(s *corev1.Service) {
 			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.1"}, {IP: "2001:db8::1", IPMode: &vip}, {IP: "192.0.2.2", IPMode: &proxy}, {Hostname: "h"}}
 		}, func(s *Service) { s.LoadBalancerIPs = addrs("192.0.2.1", "2001:db8::1") }},
+		{"return mode", func(s *corev1.Service) {
+			s.Annotations = map[string]string{"margay.io/service-return": "dsr"}
+		}, func(s *Service) { s.Return = ReturnDSR }},
+		{"a return mode that nobody knows is kept", func(s *corev1.Service) {
+			s.Annotations = map[string]string{"margay.io/service-return": "teleport"}
+		}, func(s *Service) { s.Return = "teleport" }},
 		{"V11: affinity", func(s *corev1.Service) { s.Spec.SessionAffinity = "ClientIP" }, func(s *Service) { s.AffinitySeconds = 10800 }},
 		{"NodePort of a ClusterIP is none", func(s *corev1.Service) { s.Spec.Ports[0].NodePort = 30000 }, func(*Service) {}},
 	} {

@@ -121,6 +121,20 @@ const (
 	LoadBalancer ServiceType = "LoadBalancer"
 )
 
+// ServiceReturn is the way that the answers of a backend on another node take to a client outside the cluster.
+type ServiceReturn string
+
+// The ways back: through the node at which the client's packet arrived, or from the backend's node directly.
+const (
+	ReturnTunnel ServiceReturn = "tunnel"
+	ReturnDSR    ServiceReturn = "dsr"
+)
+
+// Known reports whether r is one of the ways above.
+func (r ServiceReturn) Known() bool {
+	return r == ReturnTunnel || r == ReturnDSR
+}
+
 // Service is a service that takes part in load balancing: not headless, not ExternalName, not another proxy's (contract rows I1, I2).
 type Service struct {
 	Key
@@ -137,6 +151,8 @@ type Service struct {
 	// InternalLocal and ExternalLocal say that the traffic policy is Local.
 	InternalLocal bool
 	ExternalLocal bool
+	// Return is the annotation margay.io/service-return; empty: the agent's default. What is not Known is kept for the compiler to report.
+	Return ServiceReturn
 	// AffinitySeconds is the ClientIP affinity timeout; 0 means none.
 	AffinitySeconds uint32
 	// PublishNotReady is spec.publishNotReadyAddresses.
