@@ -286,7 +286,7 @@ struct backend_key {
 /*
  * List that holds, by their hashes (backend_hash in lib/lb.h, bpf.BackendHash in Go), the backends of a service that are on this node:
  * BACKEND_BY_HASH | service id. So a node that only forwards tells ours which backend it has chosen. Slot 0, which is no hash, has one of
- * them, for a node that does not tell; a list that is there always has it.
+ * them, for a choice that has gone meanwhile; a list that is there always has it.
  */
 enum backend_list {
 	BACKEND_BY_HASH = 0x80000000,

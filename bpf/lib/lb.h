@@ -84,30 +84,19 @@ static __always_inline struct backend *backend_choose(__u32 list, __u32 count)
 	return bpf_map_lookup_elem(&backends, &bk);
 }
 
-/* Tries of a node that is sent a flow for a backend it does not have any more. */
-#define LOCAL_BACKEND_TRIES 16
-
 /*
- * A backend on this node, for a flow that another node forwarded: the one that it has chosen, or, when that has gone meanwhile, any
- * other that we have.
+ * A backend on this node, for a flow that another node forwarded: the one that it has chosen, or, when that has gone meanwhile or it did
+ * not say, another one that we have.
  */
 static __always_inline struct backend *backend_here(const struct service *s, __u32 hash)
 {
 	struct backend_key bk = {.list = BACKEND_BY_HASH | s->id, .slot = hash};
 	struct backend *b = bpf_map_lookup_elem(&backends, &bk);
-	__u32 count = s->count[SCOPE_EXTERNAL];
 
-	if (b || !count)
+	if (b)
 		return b;
-	bk.list = s->list[SCOPE_EXTERNAL];
-	bk.slot = bpf_get_prandom_u32();
-	for (int i = 0; i < LOCAL_BACKEND_TRIES; i++) {
-		bk.slot = (bk.slot + 1) % count;
-		b = bpf_map_lookup_elem(&backends, &bk);
-		if (b && (endpoint_of(&b->addr) || (node_addr_flags_of(&b->addr) & NODE_ADDR_LOCAL)))
-			return b;
-	}
-	return NULL;
+	bk.slot = 0;
+	return bpf_map_lookup_elem(&backends, &bk);
 }
 
 /* Is the backend on another node? Returns its index, or 0. */

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "949afc50af522e1758b083eb"
+const build = "3d2e2dce631be92e58b083eb"

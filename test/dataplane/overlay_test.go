@@ -128,17 +128,21 @@ func TestChosenBackendTravels(t *testing.T) {
 	families(t, func(t *testing.T, v6 bool) {
 		one, two := netip.AddrPortFrom(b1.Addr(v6), 8080), netip.AddrPortFrom(b2.Addr(v6), 8080)
 		frontend := bpf.NewFrontendKey(unix.IPPROTO_TCP, family(nodetest.NodeAddrs, v6), 30080)
-		c.AddService(3, frontend, 0, one, two)
-		n0.AddService(3, frontend, two)
+		id := uint32(3)
+		if v6 {
+			id++ // a service port has one in each family
+		}
+		c.AddService(id, frontend, 0, one, two)
+		n0.AddService(id, frontend, two)
 		for range 20 {
 			got, err := nodetest.Ask(t, c.Client, "tcp", netip.AddrPortFrom(family(n0.Addrs, v6), 30080))
 			wantAnswer(t, "the backend that node 0 chose", got, err, "b2 "+family(nodetest.ClientAddrs, v6).String())
 		}
 		// The chosen one is gone from node 1: any other serves, so that nothing waits for node 0 to learn of it.
-		if err := n1.DP.Maps.Backends.Delete(bpf.BackendKey{List: bpf.BackendByHash | 3, Slot: bpf.BackendHash(two)}); err != nil {
+		if err := n1.DP.Maps.Backends.Delete(bpf.BackendKey{List: bpf.BackendByHash | id, Slot: bpf.BackendHash(two)}); err != nil {
 			t.Fatal(err)
 		}
-		n1.AddService(3, frontend, one)
+		n1.AddService(id, frontend, one)
 		got, err := nodetest.Ask(t, c.Client, "tcp", netip.AddrPortFrom(family(n0.Addrs, v6), 30080))
 		wantAnswer(t, "another backend of node 1", got, err, "b1 "+family(nodetest.ClientAddrs, v6).String())
 	})

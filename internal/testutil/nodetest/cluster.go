@@ -166,7 +166,12 @@ func (c *Cluster) AddService(id uint32, frontend bpf.FrontendKey, flags uint32, 
 		n.AddService(id, frontend, backends...)
 		for _, b := range backends {
 			if n.hasPod(b.Addr()) {
-				n.Put(n.DP.Maps.Backends, bpf.BackendKey{List: bpf.BackendByHash | id, Slot: bpf.BackendHash(b)}, bpf.NewBackend(b))
+				list := bpf.BackendByHash | id
+				n.Put(n.DP.Maps.Backends, bpf.BackendKey{List: list, Slot: bpf.BackendHash(b)}, bpf.NewBackend(b))
+				// For a choice that is not there any more.
+				if err := n.DP.Maps.Backends.Update(bpf.BackendKey{List: list}, bpf.NewBackend(b), ebpf.UpdateNoExist); !errors.Is(err, ebpf.ErrKeyExist) {
+					n.must(err)
+				}
 			}
 		}
 		var s bpf.Service
