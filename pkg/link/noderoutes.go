@@ -34,8 +34,9 @@ type NodeRoute struct {
 }
 
 // SyncNodeRoutes makes the routes with NodeRouteProtocol, in whatever table, exactly those of want, and returns how many routes it made
-// and how many it deleted that nothing replaces. A prefix must be there once. It goes on after an error, and joins them.
-func (c *Conn) SyncNodeRoutes(want []NodeRoute) (changed int, err error) {
+// and how many it deleted that nothing replaces. A prefix must be there once. With keep nothing is
+// deleted but what is replaced. It goes on after an error, and joins them.
+func (c *Conn) SyncNodeRoutes(want []NodeRoute, keep bool) (changed int, err error) {
 	have, err := c.nodeRoutes()
 	if err != nil {
 		return 0, err
@@ -47,7 +48,7 @@ func (c *Conn) SyncNodeRoutes(want []NodeRoute) (changed int, err error) {
 	var errs []error
 	stale := map[NodeRoute]netlink.Route{}
 	for _, r := range have {
-		n := newNodeRoute(r)
+		n := NewNodeRoute(r)
 		if wanted[n] && r.Table == unix.RT_TABLE_MAIN && r.Priority == n.metric() {
 			delete(wanted, n)
 			continue
@@ -67,6 +68,9 @@ func (c *Conn) SyncNodeRoutes(want []NodeRoute) (changed int, err error) {
 		changed++
 	}
 	for n, r := range stale {
+		if keep {
+			break
+		}
 		if err := c.deleteRoute(n, r); err != nil {
 			errs = append(errs, err)
 			continue
@@ -152,13 +156,13 @@ func (c *Conn) NodeRoutes() ([]NodeRoute, error) {
 	}
 	out := make([]NodeRoute, 0, len(list))
 	for _, r := range list {
-		out = append(out, newNodeRoute(r))
+		out = append(out, NewNodeRoute(r))
 	}
 	return out, nil
 }
 
-// newNodeRoute is what the kernel has in our form. The kernel shows an unreachable IPv6 route on the loopback device.
-func newNodeRoute(r netlink.Route) NodeRoute {
+// NewNodeRoute is a route of the kernel's in our form. The kernel shows an unreachable IPv6 route on the loopback device.
+func NewNodeRoute(r netlink.Route) NodeRoute {
 	n := NodeRoute{Device: r.LinkIndex}
 	if r.Type == unix.RTN_UNREACHABLE {
 		n.Device = 0

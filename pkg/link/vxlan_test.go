@@ -179,7 +179,7 @@ func TestNodeRoutes(t *testing.T) {
 			}
 			check := func(what string, changed int) {
 				t.Helper()
-				got, err := c.SyncNodeRoutes(want)
+				got, err := c.SyncNodeRoutes(want, false)
 				if err != nil || got != changed {
 					t.Errorf("%s: SyncNodeRoutes = %d, %v, want %d changes", what, got, err, changed)
 				}
@@ -202,6 +202,10 @@ func TestNodeRoutes(t *testing.T) {
 			check("another device, another source", 2)
 			want[1] = NodeRoute{Dst: remote}
 			check("unreachable now", 1)
+			if changed, err := c.SyncNodeRoutes(want[:1], true); changed != 0 || err != nil {
+				t.Errorf("SyncNodeRoutes of fewer, keeping = %d, %v, want no change", changed, err)
+			}
+			check("none lost", 0)
 			want = want[:1]
 			check("two less", 2)
 			want = nil

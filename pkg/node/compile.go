@@ -17,9 +17,10 @@ type Compiler struct {
 	// MaxIndex is the largest number that is handed out: the size of the map nodes less one.
 	MaxIndex uint16
 
-	name          string
-	mode          Mode
-	nonMasquerade []netip.Prefix
+	name            string
+	mode            Mode
+	nonMasquerade   []netip.Prefix
+	egressOverrides []EgressOverride
 
 	next     uint32
 	released []uint16
@@ -27,9 +28,11 @@ type Compiler struct {
 }
 
 // NewCompiler returns a compiler for the node of that name. nonMasquerade are prefixes outside the cluster to which pods keep their
-// address.
-func NewCompiler(name string, mode Mode, nonMasquerade []netip.Prefix) *Compiler {
-	return &Compiler{MaxIndex: MaxIndex, name: name, mode: mode, nonMasquerade: nonMasquerade, next: 1, numbers: map[string]uint16{}}
+// address, egress the addresses that they leave with instead of the default.
+func NewCompiler(name string, mode Mode, nonMasquerade []netip.Prefix, egress []EgressOverride) *Compiler {
+	return &Compiler{
+		MaxIndex: MaxIndex, name: name, mode: mode, nonMasquerade: nonMasquerade, egressOverrides: egress, next: 1, numbers: map[string]uint16{},
+	}
 }
 
 // compilation is the work of one Compile.
@@ -61,6 +64,7 @@ func (c *Compiler) Compile(in Input) *Result {
 		Compiler: c, machine: in.Machine, peers: map[string]*peer{}, kernel: map[netip.Prefix]KernelRoute{},
 		result: &Result{
 			Tunnels: map[uint16]Tunnel{}, Names: map[uint16]string{}, Routes: map[netip.Prefix]Route{}, Addresses: map[netip.Addr]Address{},
+			Egress: map[int]Egress{},
 		},
 	}
 	for _, d := range in.Machine.Devices {
@@ -88,6 +92,7 @@ func (c *Compiler) Compile(in Input) *Result {
 	b.addOwn()
 	b.addPods(in.Snapshot)
 	b.addNonMasquerade()
+	b.egress()
 	b.finish(len(others) > 0)
 	return b.result
 }

@@ -252,7 +252,7 @@ func TestCompile(t *testing.T) {
 			for _, p := range strings.Fields(tt.keep) {
 				keep = append(keep, netip.MustParsePrefix(p))
 			}
-			c := NewCompiler("n1", tt.mode, keep)
+			c := NewCompiler("n1", tt.mode, keep, nil)
 			r := c.Compile(Input{Snapshot: snapshot(tt.nodes...), Machine: tt.machine})
 			if diff := cmp.Diff(tt.want, text(r)); diff != "" {
 				t.Errorf("result (-want +got):\n%s", diff)
@@ -274,7 +274,7 @@ func TestTunnelsAgree(t *testing.T) {
 			}
 			tunnel := func(from, to *state.Node) Tunnel {
 				m := Machine{Addresses: from.Addresses}
-				r := NewCompiler(from.Name, VXLAN, nil).Compile(Input{Snapshot: snapshot(x, y), Machine: m})
+				r := NewCompiler(from.Name, VXLAN, nil, nil).Compile(Input{Snapshot: snapshot(x, y), Machine: m})
 				for i, name := range r.Names {
 					if name == to.Name {
 						return r.Tunnels[i]
@@ -315,7 +315,7 @@ func TestPodsOutsideTheirNodesRanges(t *testing.T) {
 	} {
 		s.Pods[p.Key] = p
 	}
-	r := NewCompiler("n1", VXLAN, nil).Compile(Input{Snapshot: s, Machine: machine("192.0.2.1/24")})
+	r := NewCompiler("n1", VXLAN, nil, nil).Compile(Input{Snapshot: s, Machine: machine("192.0.2.1/24")})
 	got := map[string]uint16{}
 	for p, route := range r.Routes {
 		if p.IsSingleIP() && route.Overlay {

@@ -55,6 +55,8 @@ type Device struct {
 	DefaultRoute bool
 	// Addresses are its global addresses with the length of the network they are on, in the kernel's order.
 	Addresses []netip.Prefix
+	// Usable are those of them that new connections may start from: not deprecated, tentative or temporary.
+	Usable []netip.Addr
 }
 
 // Machine is what the compiler is told about this machine.
@@ -141,6 +143,8 @@ type Result struct {
 	// Routes are by masked prefix, Addresses those of other nodes.
 	Routes    map[netip.Prefix]Route
 	Addresses map[netip.Addr]Address
+	// Egress are the addresses of masqueraded traffic, by ifindex of the machine's devices.
+	Egress map[int]Egress
 	// KernelRoutes are sorted by prefix; each prefix is there once.
 	KernelRoutes []KernelRoute
 	// Overlay is nil while there is no other node.

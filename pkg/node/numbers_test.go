@@ -29,13 +29,13 @@ func numbersOf(r *Result) map[string]uint16 {
 }
 
 func TestNumbersStay(t *testing.T) {
-	c := NewCompiler("self", VXLAN, nil)
+	c := NewCompiler("self", VXLAN, nil, nil)
 	c.Compile(cluster("self", "a", "b"))
 	c.Compile(cluster("self", "b"))
 	want := map[string]uint16{"b": 2, "c": 3, "a": 4}
 	for name, numbers := range map[string]Numbers{"same compiler": c.Export(), "after a restart": c.Export()} {
 		t.Run(name, func(t *testing.T) {
-			again := NewCompiler("self", VXLAN, nil)
+			again := NewCompiler("self", VXLAN, nil, nil)
 			if err := again.Import(numbers); err != nil {
 				t.Fatal(err)
 			}
@@ -48,7 +48,7 @@ func TestNumbersStay(t *testing.T) {
 }
 
 func TestNumbersOfAnIncompleteSnapshotStay(t *testing.T) {
-	c := NewCompiler("self", VXLAN, nil)
+	c := NewCompiler("self", VXLAN, nil, nil)
 	c.Compile(cluster("self", "a", "b"))
 	held := cluster("self", "b")
 	held.Hold = true
@@ -59,7 +59,7 @@ func TestNumbersOfAnIncompleteSnapshotStay(t *testing.T) {
 }
 
 func TestNumbersAreReusedLate(t *testing.T) {
-	c := NewCompiler("self", VXLAN, nil)
+	c := NewCompiler("self", VXLAN, nil, nil)
 	c.MaxIndex = 1000
 	last := uint16(0)
 	for i := range 2 * quarantine {
@@ -74,7 +74,7 @@ func TestNumbersAreReusedLate(t *testing.T) {
 }
 
 func TestNumbersRunOut(t *testing.T) {
-	c := NewCompiler("self", VXLAN, nil)
+	c := NewCompiler("self", VXLAN, nil, nil)
 	c.MaxIndex = 2
 	r := c.Compile(cluster("self", "a", "b", "c"))
 	if diff := cmp.Diff(map[string]uint16{"a": 1, "b": 2}, numbersOf(r)); diff != "" {
@@ -110,7 +110,7 @@ func TestImportRefusesContradictions(t *testing.T) {
 		"too large":        {Version: 1, Next: MaxIndex + 2},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c := NewCompiler("self", VXLAN, nil)
+			c := NewCompiler("self", VXLAN, nil, nil)
 			if err := c.Import(n); err == nil {
 				t.Errorf("Import(%+v) = nil, want an error", n)
 			}
@@ -119,7 +119,7 @@ func TestImportRefusesContradictions(t *testing.T) {
 			}
 		})
 	}
-	if err := NewCompiler("self", VXLAN, nil).Import(Numbers{}); err != nil {
+	if err := NewCompiler("self", VXLAN, nil, nil).Import(Numbers{}); err != nil {
 		t.Errorf("Import of nothing = %v, want nil: an older file has no node numbers", err)
 	}
 }
