@@ -22,6 +22,7 @@ import (
 	"github.com/margay-cni/margay/pkg/agent"
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/manifest"
+	"github.com/margay-cni/margay/pkg/state"
 )
 
 // version is set by the linker; a build from a checkout says what Go knows of it.
@@ -44,6 +45,9 @@ type options struct {
 	datapath  datapath.Config
 	verdicts  bool
 	version   bool
+	reach     agent.Reach
+	// serviceReturn is how answers to clients outside travel that another node forwarded.
+	serviceReturn string
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
@@ -61,6 +65,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.DurationVar(&o.resync, "resync", 10*time.Second, "how often everything is compared with the kernel")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	f.BoolVar(&o.verdicts, "verdict-events", false, "have an event written for every new flow that policy lets pass (margayctl drops --follow --verdicts)")
+	reachFlags(f, &o)
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
 	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
 		name, entries, ok := strings.Cut(s, "=")
@@ -117,9 +122,6 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		return fmt.Errorf("prepare the datapath: %w", err)
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	if err := d.SetVerdictEvents(o.verdicts); err != nil {
-		return err
-	}
 	var devices []string
 	if o.devices != "" {
 		devices = strings.Split(o.devices, ",")
@@ -137,6 +139,9 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		Attach:         d,
 		Sweep:          d,
 		Devices:        devices,
+		Reach:          o.reach,
+		ServiceReturn:  state.ServiceReturn(o.serviceReturn),
+		VerdictEvents:  o.verdicts,
 		Resync:         o.resync,
 		Log:            log,
 	})

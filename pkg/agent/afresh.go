@@ -4,6 +4,7 @@ package agent
 
 import (
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/node"
 	"github.com/margay-cni/margay/pkg/policy"
 	"github.com/margay-cni/margay/pkg/service"
 )
@@ -53,7 +54,8 @@ func (p *pipeline) numberAfresh() {
 		list = max(list, k.List)
 	}
 
-	p.raise = raise{Endpoints: sortedKeys(devices)}
+	p.raise = raise{Endpoints: sortedKeys(devices), Routes: len(p.m.nodes.have) > 0}
+	p.must(p.nodes.Import(node.Numbers{})) // it hands out no number that the maps name
 	next, free := unused(policies, policy.FirstPolicy, policy.MaxPolicy)
 	freed := make([]policy.Freed, 0, len(free))
 	for _, id := range free {

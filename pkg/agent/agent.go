@@ -16,6 +16,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/link"
 	"github.com/margay-cni/margay/pkg/manifest"
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -63,6 +64,10 @@ type Config struct {
 	MaxEntries map[string]uint32
 	// Devices are name patterns (path.Match) of the node's devices; empty: found by addresses and routes.
 	Devices []string
+	// Reach is how other nodes, and what is outside, are reached.
+	Reach Reach
+	// VerdictEvents has an event written for every new flow that policy lets pass.
+	VerdictEvents bool
 	// Resync is how often everything is compared with the kernel and the flow table is swept; default 10 s.
 	Resync time.Duration
 	Log    *slog.Logger
@@ -84,6 +89,9 @@ func (c *Config) validate() error {
 		if _, err := path.Match(p, ""); err != nil {
 			errs = append(errs, fmt.Errorf("device pattern %q: %w", p, err))
 		}
+	}
+	if err := c.Reach.validate(); err != nil {
+		errs = append(errs, err)
 	}
 	if c.ServiceReturn == "" {
 		c.ServiceReturn = state.ReturnTunnel
@@ -125,10 +133,17 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	b := &board{status: Status{Version: cfg.Version, Node: cfg.Node, PID: os.Getpid(), Started: time.Now()}, sizes: cfg.MaxEntries}
 	p := newPipeline(&cfg, cfg.Source.Incomplete)
 	p.publish = b.round
+	conn, err := link.Dial(-1)
+	if err != nil {
+		return errors.Join(err, socket.Close())
+	}
+	defer conn.Close()
 	w := &nodeWatcher{
 		attach: cfg.Attach, log: cfg.Log, devices: cfg.Devices, resync: cfg.Resync, records: newMailbox[[]*endpoint.Record](),
+		network: systemNetwork{conn}, vxlan: cfg.Reach.device(cfg.Node), wants: newMailbox[*wantedNetwork](),
 		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now,
 	}
+	p.network = w.wants.put
 	records := &recordWatcher{store: p.store, log: cfg.Log, resync: cfg.Resync, publish: func(r []*endpoint.Record) {
 		w.records.put(r)
 		p.recordsIn.put(r)

@@ -19,6 +19,8 @@ type host interface {
 	Devices() (map[int]string, error)
 	// NetnsGone reports whether nothing is at the path of a network namespace any more.
 	NetnsGone(path string) bool
+	// ReservedPorts returns the ports that the kernel keeps from being chosen.
+	ReservedPorts() ([]portRange, error)
 }
 
 type systemHost struct{}

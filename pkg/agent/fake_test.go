@@ -30,6 +30,11 @@ type fakeKernel struct {
 	backends  *fakeTable[bpf.BackendKey, bpf.Backend]
 	members   *fakeTable[bpf.ServiceBackend, uint32]
 	nodeAddrs *fakeTable[bpf.Addr, uint32]
+	nodes     *fakeTable[uint32, bpf.Node]
+	routes    *fakeTable[bpf.RouteKey, bpf.Route]
+	egress    *fakeTable[uint32, bpf.EgressAddrs]
+	reserved  *fakeTable[uint32, uint64]
+	nodeState *fakeTable[uint32, bpf.NodeState]
 
 	rand  *rand.Rand
 	fault float64
@@ -69,6 +74,11 @@ func newKernel(seed uint64) *fakeKernel {
 	k.backends = newTable[bpf.BackendKey, bpf.Backend](k, "backends")
 	k.members = newTable[bpf.ServiceBackend, uint32](k, "service_backends")
 	k.nodeAddrs = newTable[bpf.Addr, uint32](k, "node_addrs")
+	k.nodes = newTable[uint32, bpf.Node](k, "nodes")
+	k.routes = newTable[bpf.RouteKey, bpf.Route](k, "routes")
+	k.egress = newTable[uint32, bpf.EgressAddrs](k, "egress_addrs")
+	k.reserved = newTable[uint32, uint64](k, "reserved_ports")
+	k.nodeState = newTable[uint32, bpf.NodeState](k, "node_state")
 	return k
 }
 
@@ -76,6 +86,7 @@ func (k *fakeKernel) tables() Tables {
 	return Tables{
 		Policy: k.policy, IPCache: k.ipcache, Endpoints: k.endpoints, Pending: k.pending,
 		Services: k.services, Backends: k.backends, ServiceBackends: k.members, NodeAddrs: k.nodeAddrs,
+		Nodes: k.nodes, Routes: k.routes, EgressAddrs: k.egress, ReservedPorts: k.reserved, NodeState: k.nodeState,
 	}
 }
 
@@ -169,17 +180,21 @@ func (k *fakeKernel) RaiseRouteEpoch() error {
 		return err
 	}
 	k.routeEpoch++
+	k.done("raise routes")
 	return nil
 }
 
 // fakeHost is a machine with these devices and namespaces.
 type fakeHost struct {
-	devices map[int]string
-	netns   map[string]bool
+	devices  map[int]string
+	netns    map[string]bool
+	reserved []portRange
 }
 
 func (h *fakeHost) Devices() (map[int]string, error) { return h.devices, nil }
 func (h *fakeHost) NetnsGone(path string) bool       { return !h.netns[path] }
+
+func (h *fakeHost) ReservedPorts() ([]portRange, error) { return h.reserved, nil }
 
 // rig is a pipeline on a fake kernel that a test drives round by round.
 type rig struct {
@@ -191,6 +206,8 @@ type rig struct {
 	incompleteFiles []string
 	clock           time.Time
 	last            Round
+	// wanted is what the pipeline last wanted of devices and kernel routes.
+	wanted *wantedNetwork
 }
 
 // testEpoch is when every test happens.
@@ -201,12 +218,16 @@ func newRig(t testing.TB, k *fakeKernel, run string) *rig {
 	t.Helper()
 	cfg := Config{
 		Node: "n1", Run: run, SelectorSlices: true, Tables: k.tables(), Epochs: k, Resync: time.Hour,
-		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Reach: Reach{Masquerade: true},
+	}
+	if err := cfg.Reach.validate(); err != nil {
+		t.Fatal(err)
 	}
 	r := &rig{t: t, kernel: k, host: &fakeHost{devices: map[int]string{}, netns: map[string]bool{}}, clock: testEpoch}
 	r.pipeline = newPipeline(&cfg, func() []string { return r.incompleteFiles })
 	r.pipeline.host = r.host
 	r.pipeline.now = func() time.Time { return r.clock }
+	r.pipeline.network = func(w *wantedNetwork) { r.wanted = w }
 	r.pipeline.publish = func(round Round) { r.last = round }
 	return r
 }

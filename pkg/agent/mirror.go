@@ -109,6 +109,22 @@ func (m *mirror[K, V]) remove(k K) bool {
 	return true
 }
 
+// plan returns the keys of want whose entry is another one, and those of entries that want does not have; replace and drop may refuse.
+func (m *mirror[K, V]) plan(want map[K]V, replace func(have, want V) bool, drop func(have V) bool) (put, gone []K) {
+	for k, v := range want {
+		have, ok := m.have[k]
+		if !ok || (have != v && replace(have, v)) {
+			put = append(put, k)
+		}
+	}
+	for _, k := range m.surplus(want) {
+		if drop(m.have[k]) {
+			gone = append(gone, k)
+		}
+	}
+	return put, gone
+}
+
 // surplus returns the keys of entries that want does not have.
 func (m *mirror[K, V]) surplus(want map[K]V) []K {
 	var keys []K

@@ -3,60 +3,255 @@
 package agent
 
 import (
+	"maps"
 	"net/netip"
+	"os"
+	"reflect"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/node"
 )
 
 // nodeFacts is what the node watcher knows: facts of this machine that no source has a say in.
 type nodeFacts struct {
 	// addrs are this node's addresses with NODE_ADDR_LOCAL and, where NodePorts are served, NODE_ADDR_NODEPORT.
 	addrs map[netip.Addr]uint32
-	// routes is a fingerprint of everything that decides where a packet goes, except routes to our own pods.
+	// routes is a fingerprint of everything that decides where a packet goes, and how large it may be, except routes to our own pods.
 	routes string
-	// devices shows what from_netdev is attached to.
+	// devices shows what carries our programs.
 	devices []DeviceStatus
+	// machine is what the compiler is told.
+	machine node.Machine
+	// overlay is the ifindex of the overlay device with our programs on it, 0 if there is none.
+	overlay int
+	// problems are what keeps devices and kernel routes from being as wanted.
+	problems []string
 }
 
-// applyNode writes what follows from the node alone. It does not wait for the source: an address that the machine got or lost is true
-// whatever the cluster says, and a raised route epoch costs each flow one slow packet, while one not raised can lose it.
+// nodeMaps is what the maps about nodes should hold.
+type nodeMaps struct {
+	nodes  map[uint32]bpf.Node
+	routes map[bpf.RouteKey]bpf.Route
+	addrs  map[bpf.Addr]uint32
+	egress map[uint32]bpf.EgressAddrs
+}
+
+// newNodeMaps turns a compilation, nil if there is none yet, into map content. What this machine knows of its own addresses goes first.
+func newNodeMaps(r *node.Result, local map[netip.Addr]uint32) nodeMaps {
+	w := nodeMaps{
+		nodes: map[uint32]bpf.Node{}, routes: map[bpf.RouteKey]bpf.Route{}, addrs: map[bpf.Addr]uint32{}, egress: map[uint32]bpf.EgressAddrs{},
+	}
+	if r != nil {
+		for i, t := range r.Tunnels {
+			w.nodes[uint32(i)] = bpf.Node{Addr: bpf.NewAddr(t.Remote), Local: bpf.NewAddr(t.Local), Mtu: uint32(t.MTU)}
+		}
+		for p, route := range r.Routes {
+			w.routes[bpf.NewRouteKey(p)] = bpf.Route{Node: route.Node, Flags: routeFlags(route)}
+		}
+		for a, v := range r.Addresses {
+			flags := bpf.NodeAddrRemote | bpf.NodeAddrNodePort | uint32(v.Node)<<bpf.NodeAddrIndexShift
+			if v.Overlay {
+				flags |= bpf.NodeAddrOverlay
+			}
+			w.addrs[bpf.NewAddr(a)] = flags
+		}
+		for ifindex, e := range r.Egress {
+			w.egress[uint32(ifindex)] = newEgressAddrs(e)
+		}
+	}
+	for a, flags := range local {
+		w.addrs[bpf.NewAddr(a)] = flags
+	}
+	return w
+}
+
+func routeFlags(r node.Route) (flags uint16) {
+	if r.Overlay {
+		flags |= bpf.RouteOverlay
+	}
+	if r.Local {
+		flags |= bpf.RouteLocal
+	}
+	if r.NoMasquerade {
+		flags |= bpf.RouteNoMasquerade
+	}
+	return flags
+}
+
+func newEgressAddrs(e node.Egress) (out bpf.EgressAddrs) {
+	if e.V4.IsValid() {
+		out.V4 = bpf.NewAddr(e.V4)
+	}
+	if e.V6.IsValid() {
+		out.V6 = bpf.NewAddr(e.V6)
+	}
+	return out
+}
+
+// compileNodes runs the compiler of pkg/node when something that it reads has changed, and says what follows for devices and kernel routes.
+func (p *pipeline) compileNodes() (hold bool) {
+	if p.snapshot.Snapshot == nil {
+		return true
+	}
+	hold = len(p.incomplete()) > 0
+	if !p.nodesChanged && p.wantedNetwork != nil && p.wantedNetwork.hold == hold {
+		return hold
+	}
+	p.nodesChanged = false
+	r := p.nodes.Compile(node.Input{Snapshot: p.snapshot.Snapshot, Machine: p.facts.machine, Hold: hold, InUse: p.nodesInUse()})
+	p.nodeResult = r
+	want := &wantedNetwork{overlay: r.Overlay, routes: r.KernelRoutes, podMTU: r.PodMTU, hold: hold}
+	if !reflect.DeepEqual(want, p.wantedNetwork) {
+		p.wantedNetwork = want
+		p.network(want)
+	}
+	return hold
+}
+
+// nodesInUse are the numbers that the kernel's maps name.
+func (p *pipeline) nodesInUse() map[uint16]bool {
+	used := p.namedNodes()
+	for i := range p.m.nodes.have {
+		used[uint16(i)] = true
+	}
+	return used
+}
+
+// namedNodes are the numbers that routes and addresses in the kernel lead to.
+func (p *pipeline) namedNodes() map[uint16]bool {
+	used := map[uint16]bool{}
+	for _, r := range p.m.routes.have {
+		used[r.Node] = true
+	}
+	for _, flags := range p.m.nodeAddrs.have {
+		used[uint16(flags>>bpf.NodeAddrIndexShift)] = true
+	}
+	return used
+}
+
+// nodePlan is what a round has to write of the maps about nodes.
+type nodePlan struct {
+	want                          nodeMaps
+	state                         bpf.NodeState
+	nodesPut, nodesGone           []uint32
+	routesPut, routesGone         []bpf.RouteKey
+	addrsPut, addrsGone           []bpf.Addr
+	egressPut, egressGone         []uint32
+	stateDiffers, fingerprintMove bool
+}
+
+func (l *nodePlan) empty() bool {
+	return len(l.nodesPut)+len(l.nodesGone)+len(l.routesPut)+len(l.routesGone)+len(l.addrsPut)+len(l.addrsGone)+len(l.egressPut)+
+		len(l.egressGone) == 0 && !l.stateDiffers && !l.fingerprintMove
+}
+
+// planNodes compares. With hold an entry is neither deleted nor given to another node: the owner may be in what the source cannot read. The
+// machine's own addresses are nobody else's to say.
+func (p *pipeline) planNodes(hold bool) *nodePlan {
+	l := &nodePlan{want: newNodeMaps(p.nodeResult, p.facts.addrs), fingerprintMove: p.facts.routes != p.routes}
+	l.nodesPut, l.nodesGone = p.m.nodes.plan(l.want.nodes, always, func(bpf.Node) bool { return !hold })
+	l.routesPut, l.routesGone = p.m.routes.plan(l.want.routes,
+		func(have, want bpf.Route) bool { return !hold || have.Node == want.Node }, func(bpf.Route) bool { return !hold })
+	l.addrsPut, l.addrsGone = p.m.nodeAddrs.plan(l.want.addrs,
+		func(have, want uint32) bool {
+			return !hold || want&bpf.NodeAddrLocal != 0 || have>>bpf.NodeAddrIndexShift == want>>bpf.NodeAddrIndexShift
+		},
+		func(have uint32) bool { return !hold || have&bpf.NodeAddrRemote == 0 })
+	l.egressPut, l.egressGone = p.m.egress.plan(l.want.egress, always, func(bpf.EgressAddrs) bool { return p.nodeResult != nil })
+	l.state = p.wantState()
+	l.stateDiffers = !p.m.nodeState.holds(0, l.state)
+	return l
+}
+
+func always[V any](V, V) bool { return true }
+
+// wantState is the whole of node_state. Masquerade is not switched on before the routes are known: what is in the cluster would get it too.
+func (p *pipeline) wantState() bpf.NodeState {
+	s := bpf.NodeState{OverlayIfindex: uint32(p.facts.overlay), Vni: p.reach.VXLANVNI, OverlayPort: bpf.Port16(p.reach.VXLANPort)}
+	if p.verdicts {
+		s.Flags |= bpf.NodeVerdictEvents
+	}
+	if p.reach.Masquerade {
+		s.Flags |= bpf.NodeMasquerade
+		if p.nodeResult == nil {
+			s.Flags &^= bpf.NodeMasquerade &^ p.m.nodeState.have[0].Flags
+		}
+	}
+	return s
+}
+
+// applyNode writes what follows from the node and its place among others. What follows from the node alone does not wait for the source: an
+// address that the machine got or lost is true whatever the cluster says, and a raised route epoch costs each flow one slow packet, while
+// one not raised can lose it.
+//
+// A node is there before anything names it; what is gone goes after what took its place, and the node itself last. Then the flows are
+// routed anew, once. Routes do not wait for the overlay device: what leads into it is dropped until it is there, and must not go elsewhere.
 func (p *pipeline) applyNode() {
 	if p.facts == nil {
 		return
 	}
 	p.round.Devices = p.facts.devices
-	want := make(map[bpf.Addr]uint32, len(p.facts.addrs))
-	if p.snapshot.Snapshot != nil {
-		for name, n := range p.snapshot.Nodes {
-			if name == p.node {
-				continue
-			}
-			for _, a := range n.Addresses {
-				want[bpf.NewAddr(a)] = bpf.NodeAddrRemote
-			}
+	hold := p.compileNodes()
+	l := p.planNodes(hold)
+	if !l.empty() {
+		p.raise.Routes = true
+	}
+	if p.raise.Routes {
+		p.saveNumbers()
+	}
+	p.saveNode(hold)
+	for _, i := range l.nodesPut {
+		p.m.nodes.put(i, l.want.nodes[i])
+	}
+	if l.stateDiffers {
+		early := l.state
+		early.Flags &= p.m.nodeState.have[0].Flags | bpf.NodeVerdictEvents
+		p.m.nodeState.put(0, early)
+	}
+	for _, i := range l.egressPut {
+		p.m.egress.put(i, l.want.egress[i])
+	}
+	for _, k := range l.routesPut {
+		if v := l.want.routes[k]; p.nodeThere(l, v.Node) {
+			p.m.routes.put(k, v)
 		}
 	}
-	for a, flags := range p.facts.addrs {
-		want[bpf.NewAddr(a)] = flags
-	}
-	changed := p.facts.routes != p.routes
-	for k, v := range want {
-		if !p.m.nodeAddrs.holds(k, v) {
+	for _, k := range l.addrsPut {
+		if v := l.want.addrs[k]; p.nodeThere(l, uint16(v>>bpf.NodeAddrIndexShift)) {
 			p.m.nodeAddrs.put(k, v)
-			changed = true
 		}
 	}
-	for _, k := range p.m.nodeAddrs.surplus(want) {
-		// Other nodes are the source's to name.
-		if p.snapshot.Snapshot == nil && p.m.nodeAddrs.have[k] == bpf.NodeAddrRemote {
-			continue
-		}
+	for _, k := range l.addrsGone {
 		p.m.nodeAddrs.remove(k)
-		changed = true
 	}
-	if changed {
+	for _, k := range l.routesGone {
+		p.m.routes.remove(k)
+	}
+	for _, i := range l.egressGone {
+		p.m.egress.remove(i)
+	}
+	named := map[uint16]bool{}
+	if len(l.nodesGone) > 0 {
+		named = p.namedNodes()
+	}
+	for _, i := range l.nodesGone {
+		if !named[uint16(i)] {
+			p.m.nodes.remove(i)
+		}
+	}
+	if l.stateDiffers {
+		p.m.nodeState.put(0, l.state)
+	}
+	if p.raise.Routes {
 		p.raiseRoutes()
 	}
+}
+
+// nodeThere reports whether what names the node may be written: the kernel has the node, or there is none to have.
+func (p *pipeline) nodeThere(l *nodePlan, number uint16) bool {
+	want, ok := l.want.nodes[uint32(number)]
+	return !ok || p.m.nodes.holds(uint32(number), want)
 }
 
 // raiseRoutes comes after what it is about was written: a flow that is judged again in between would be judged by the old.
@@ -66,7 +261,31 @@ func (p *pipeline) raiseRoutes() {
 		return
 	}
 	p.log.Info("routes or addresses changed; flows will be routed anew")
-	p.routes = p.facts.routes
+	p.routes, p.raise.Routes = p.facts.routes, false
 	p.round.Raised.Routes = true
 	p.saveNumbers()
+}
+
+// saveNode writes what the plugin is told, and the names of the other nodes. With hold a file that is there stays: it was written by an
+// agent that knew everything.
+func (p *pipeline) saveNode(hold bool) {
+	r := p.nodeResult
+	if r == nil {
+		return
+	}
+	if _, err := os.Stat(p.nodeFile.path); !hold || err != nil {
+		n := endpoint.NewNode(p.node, string(p.reach.Mode), r.PodMTU, r.PodCIDRs)
+		if _, p.nodeFileErr = p.nodeFile.save(n); p.nodeFileErr != nil {
+			p.log.Error("what the plugin is told of the node could not be saved", "err", p.nodeFileErr)
+		}
+	}
+	names := maps.Clone(r.Names)
+	if hold {
+		for name, number := range p.nodes.Export().Nodes {
+			names[number] = name
+		}
+	}
+	if _, err := p.nodeNames.save(names); err != nil {
+		p.log.Warn("names of nodes could not be saved", "err", err)
+	}
 }

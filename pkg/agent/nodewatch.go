@@ -7,13 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
+	"reflect"
 	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/link"
 )
 
 // podAttacher attaches the programs of a pod's host-side device (pkg/datapath implements it).
@@ -30,10 +31,17 @@ type netdevAttacher interface {
 	NetdevAttached(ifindex int) error
 }
 
+// overlayAttacher attaches the programs of the overlay device (pkg/datapath implements it).
+type overlayAttacher interface {
+	AttachOverlay(ifindex int) error
+	OverlayAttached(ifindex int) error
+}
+
 // Attacher is what the node watcher needs of the datapath.
 type Attacher interface {
 	podAttacher
 	netdevAttacher
+	overlayAttacher
 }
 
 // Delays of the node watcher.
@@ -47,14 +55,19 @@ const (
 
 var errPodDevice = errors.New("the device carries a pod's programs")
 
-// nodeWatcher owns the attachments: from_netdev on the devices of the node, and the repair of what pods should have. It tells the pipeline
-// what the node's addresses and routes are.
+// nodeWatcher owns the attachments: from_netdev and to_netdev on the devices of the node, from_overlay and to_overlay on the overlay device,
+// and the repair of what pods should have. It makes the overlay device and the kernel's routes to other nodes as the pipeline wants them,
+// and tells the pipeline what the node's addresses and routes are.
 type nodeWatcher struct {
 	attach  Attacher
 	log     *slog.Logger
 	devices []string
+	// vxlan is the overlay device, without its MTU.
+	vxlan   link.VXLAN
+	network network
 	resync  time.Duration
 	records mailbox[[]*endpoint.Record]
+	wants   mailbox[*wantedNetwork]
 	publish func(nodeFacts)
 	report  func(pods []string)
 
@@ -67,6 +80,12 @@ type nodeWatcher struct {
 	inherited bool
 	seen      map[int]time.Time // by ifindex: since when we know a device; zero for those there at the start
 	last      nodeFacts
+	// want is what the pipeline wants of the network, nil before it knows; overlay the overlay device that carries our programs, 0 = none.
+	want    *wantedNetwork
+	overlay int
+	// overlayErr, routesErr and mtuErrs are what keeps the network from being as wanted.
+	overlayErr, routesErr error
+	mtuErrs               []string
 }
 
 // run surveys the node at the start, at every change and at every tick, until ctx ends. changes and removals are fed by subscribe.
@@ -92,6 +111,8 @@ func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}], remova
 			known := w.pods
 			w.pods = records
 			w.checkPods(newPods(known, records))
+		case w.want = <-w.wants:
+			whole = true
 		case <-changes:
 		case <-again.C:
 		case index := <-removals:
@@ -105,7 +126,7 @@ func (w *nodeWatcher) run(ctx context.Context, changes mailbox[struct{}], remova
 		}
 		fresh := w.survey(whole)
 		if whole {
-			w.report(w.checkPods(w.pods))
+			w.report(append(w.checkPods(w.pods), w.mtuErrs...))
 		}
 		if fresh {
 			again.Reset(vethPause)
@@ -129,18 +150,25 @@ func pause(ctx context.Context, d time.Duration) bool {
 }
 
 // survey reads the node's network, attaches and detaches from_netdev, and publishes what changed. With verify it also looks whether the
-// program is still on the devices. It reports whether a device is too young to be judged.
+// program is still on the devices. It reports whether to look again soon: a device is too young to be judged, or the
+// network is not as wanted.
 func (w *nodeWatcher) survey(verify bool) bool {
 	s, err := w.read()
 	if err != nil {
 		w.log.Error("the node's network cannot be read", "err", err)
 		return true
 	}
+	if w.applyNetwork(s, verify) {
+		if s, err = w.read(); err != nil {
+			w.log.Error("the node's network cannot be read", "err", err)
+			return true
+		}
+	}
 	c := chooser{patterns: w.devices, pods: map[int]bool{}, fresh: w.fresh(s)}
 	for _, r := range w.pods {
 		c.pods[r.HostIfindex] = true
 	}
-	addrs, chosen := s.facts(c)
+	addrs, chosen, machine := s.facts(c)
 	w.detach(s, chosen)
 	for i := range chosen {
 		d := &chosen[i]
@@ -149,12 +177,15 @@ func (w *nodeWatcher) survey(verify bool) bool {
 			w.log.Error("from_netdev cannot be attached", "ifName", d.Name, "err", err)
 		}
 	}
-	facts := nodeFacts{addrs: addrs, routes: s.fingerprint(), devices: chosen}
-	if facts.routes != w.last.routes || !maps.Equal(facts.addrs, w.last.addrs) || !slices.Equal(facts.devices, w.last.devices) {
+	facts := nodeFacts{
+		addrs: addrs, routes: s.fingerprint(), devices: append(chosen, w.overlayStatus(s)...), machine: machine, overlay: w.overlay,
+		problems: w.networkProblems(),
+	}
+	if !reflect.DeepEqual(facts, w.last) {
 		w.last = facts
 		w.publish(facts)
 	}
-	return len(c.fresh) > 0
+	return len(c.fresh) > 0 || len(facts.problems) > 0
 }
 
 // fresh returns the veth devices that appeared a moment ago. What is there at the start is old enough.
@@ -248,8 +279,12 @@ func (w *nodeWatcher) checkRemoved(index int, removals <-chan int) {
 		}
 	}
 	w.checkPods(pods)
+	if removed[0] || (w.overlay != 0 && removed[w.overlay]) {
+		w.survey(true)
+		return
+	}
 	for index := range w.attached {
-		if removed[0] || removed[index] {
+		if removed[index] {
 			w.survey(true)
 			return
 		}

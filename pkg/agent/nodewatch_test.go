@@ -28,10 +28,12 @@ func (f fakeAttacher) is(i int, p string) error {
 	return nil
 }
 
-func (f fakeAttacher) AttachPod(i int) error      { return f.set(i, "pod") }
-func (f fakeAttacher) PodAttached(i int) error    { return f.is(i, "pod") }
-func (f fakeAttacher) AttachNetdev(i int) error   { return f.set(i, "netdev") }
-func (f fakeAttacher) NetdevAttached(i int) error { return f.is(i, "netdev") }
+func (f fakeAttacher) AttachPod(i int) error       { return f.set(i, "pod") }
+func (f fakeAttacher) PodAttached(i int) error     { return f.is(i, "pod") }
+func (f fakeAttacher) AttachNetdev(i int) error    { return f.set(i, "netdev") }
+func (f fakeAttacher) NetdevAttached(i int) error  { return f.is(i, "netdev") }
+func (f fakeAttacher) AttachOverlay(i int) error   { return f.set(i, "overlay") }
+func (f fakeAttacher) OverlayAttached(i int) error { return f.is(i, "overlay") }
 func (f fakeAttacher) DetachNetdev(i int) error {
 	if f[i] == "netdev" {
 		delete(f, i)

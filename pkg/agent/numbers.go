@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 
+	"github.com/margay-cni/margay/pkg/node"
 	"github.com/margay-cni/margay/pkg/policy"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
@@ -22,6 +23,7 @@ type numbers struct {
 	Version int             `json:"version"`
 	Policy  policy.Numbers  `json:"policy"`
 	Service service.Numbers `json:"service"`
+	Node    node.Numbers    `json:"node"`
 	// Routes is the fingerprint of the routes under which the route epoch was last raised.
 	Routes string `json:"routes,omitempty"`
 	// Raise are the epochs that the maps' content calls for but that have not been raised yet. They are noted before the first write of
@@ -33,16 +35,18 @@ type numbers struct {
 type raise struct {
 	Endpoints []int    `json:"endpoints,omitempty"`
 	Services  []uint32 `json:"services,omitempty"`
+	Routes    bool     `json:"routes,omitempty"`
 }
 
 // add adds the epochs of other; the lists stay sorted and without repetition.
 func (r *raise) add(other raise) {
 	r.Endpoints = union(r.Endpoints, other.Endpoints)
 	r.Services = union(r.Services, other.Services)
+	r.Routes = r.Routes || other.Routes
 }
 
 func (r raise) empty() bool {
-	return len(r.Endpoints) == 0 && len(r.Services) == 0
+	return len(r.Endpoints) == 0 && len(r.Services) == 0 && !r.Routes
 }
 
 func union[T int | uint32](a, b []T) []T {
@@ -65,7 +69,7 @@ func (p *pipeline) importNumbers() {
 		err = errors.New("numbers.json has another version")
 	}
 	if err == nil {
-		err = errors.Join(p.policies.Import(n.Policy), p.services.Import(n.Service))
+		err = errors.Join(p.policies.Import(n.Policy), p.services.Import(n.Service), p.nodes.Import(n.Node))
 	}
 	if err == nil {
 		p.routes, p.raise = n.Routes, n.Raise

@@ -12,6 +12,8 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/node"
 	"github.com/margay-cni/margay/pkg/policy"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
@@ -44,6 +46,11 @@ type mirrors struct {
 	backends  *mirror[bpf.BackendKey, bpf.Backend]
 	members   *mirror[bpf.ServiceBackend, uint32]
 	nodeAddrs *mirror[bpf.Addr, uint32]
+	nodes     *mirror[uint32, bpf.Node]
+	routes    *mirror[bpf.RouteKey, bpf.Route]
+	egress    *mirror[uint32, bpf.EgressAddrs]
+	reserved  *mirror[uint32, uint64]
+	nodeState *mirror[uint32, bpf.NodeState]
 }
 
 // condition is what every mirror offers, whatever its types.
@@ -55,7 +62,10 @@ type condition interface {
 }
 
 func (m *mirrors) all() []condition {
-	return []condition{m.policy, m.ipcache, m.endpoints, m.pending, m.services, m.backends, m.members, m.nodeAddrs}
+	return []condition{
+		m.policy, m.ipcache, m.endpoints, m.pending, m.services, m.backends, m.members, m.nodeAddrs, m.nodes, m.routes, m.egress, m.reserved,
+		m.nodeState,
+	}
 }
 
 func newMirrors(t Tables, log *slog.Logger) mirrors {
@@ -68,6 +78,11 @@ func newMirrors(t Tables, log *slog.Logger) mirrors {
 		backends:  newMirror("backends", t.Backends, log),
 		members:   newMirror("service_backends", t.ServiceBackends, log),
 		nodeAddrs: newMirror("node_addrs", t.NodeAddrs, log),
+		nodes:     newMirror("nodes", t.Nodes, log),
+		routes:    newMirror("routes", t.Routes, log),
+		egress:    newMirror("egress_addrs", t.EgressAddrs, log),
+		reserved:  newMirror("reserved_ports", t.ReservedPorts, log),
+		nodeState: newMirror("node_state", t.NodeState, log),
 	}
 }
 
@@ -83,7 +98,13 @@ type pipeline struct {
 	// incomplete names what the source cannot read yet; while there is any, nothing that a predecessor wrote is taken back.
 	incomplete func() []string
 	publish    func(Round)
-	resync     time.Duration
+	// network takes what devices and kernel routes should be.
+	network func(*wantedNetwork)
+	resync  time.Duration
+	// reach is how other nodes, and what is outside, are reached.
+	reach Reach
+	// verdicts says that verdict events are wanted.
+	verdicts bool
 
 	// Inputs.
 	snapshots mailbox[snapshotFrom]
@@ -93,12 +114,15 @@ type pipeline struct {
 	snapshot snapshotFrom
 	records  []*endpoint.Record
 	facts    *nodeFacts
-	// haveRecords says that the records have been listed; changed that there is something to compile.
-	haveRecords, changed bool
+	// haveRecords says that the records have been listed; changed that there is something to compile, nodesChanged something about nodes.
+	haveRecords, changed, nodesChanged bool
 
 	// What is compiled from them.
 	policies      *policy.Compiler
 	services      *service.Compiler
+	nodes         *node.Compiler
+	nodeResult    *node.Result
+	wantedNetwork *wantedNetwork
 	policyResult  *policy.Result
 	serviceResult *service.Result
 	policyErr     error
@@ -121,8 +145,10 @@ type pipeline struct {
 	// kept are numbers that must not be forgotten while the source is incomplete.
 	kept numbers
 
-	numbers, serviceFile, ruleFile *savedFile
-	numbersErr, namesErr           error
+	numbers, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
+	numbersErr, namesErr, nodeFileErr                   error
+	// sysctlPorts are the ports that the kernel reserves, as read in the last full compare; nil = not read yet.
+	sysctlPorts []portRange
 
 	round Round
 	retry time.Duration
@@ -138,6 +164,10 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		limits.Entries = int(n)
 	}
 	policies, services := newCompilers(cfg.Node, limits, cfg.ServiceReturn)
+	nodes := node.NewCompiler(cfg.Node, cfg.Reach.Mode, cfg.Reach.NonMasquerade, cfg.Reach.Egress)
+	if n := cfg.MaxEntries["nodes"]; n > 1 {
+		nodes.MaxIndex = uint16(min(n-1, node.MaxIndex))
+	}
 	file := func(name string) *savedFile { return &savedFile{path: filepath.Join(cfg.Run, name)} }
 	return &pipeline{
 		node:        cfg.Node,
@@ -149,6 +179,10 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		now:         time.Now,
 		incomplete:  incomplete,
 		publish:     func(Round) {},
+		network:     func(*wantedNetwork) {},
+		reach:       cfg.Reach,
+		verdicts:    cfg.VerdictEvents,
+		nodes:       nodes,
 		resync:      cfg.Resync,
 		snapshots:   newMailbox[snapshotFrom](),
 		recordsIn:   newMailbox[[]*endpoint.Record](),
@@ -160,6 +194,8 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		numbers:     file(numbersFile),
 		serviceFile: file(servicesFile),
 		ruleFile:    file(rulesFile),
+		nodeNames:   file(flow.NodesFile),
+		nodeFile:    file(endpoint.NodeFile),
 	}
 }
 
@@ -187,7 +223,7 @@ func (p *pipeline) run(ctx context.Context) error {
 		case r := <-p.recordsIn:
 			p.takeRecords(r)
 		case f := <-p.nodeIn:
-			p.facts = &f
+			p.takeFacts(f)
 		case <-full.C:
 			whole = true
 		case <-again.C:
@@ -208,7 +244,7 @@ func (p *pipeline) drain() {
 		case r := <-p.recordsIn:
 			p.takeRecords(r)
 		case f := <-p.nodeIn:
-			p.facts = &f
+			p.takeFacts(f)
 		default:
 			return
 		}
@@ -216,7 +252,11 @@ func (p *pipeline) drain() {
 }
 
 func (p *pipeline) takeSnapshot(s snapshotFrom) {
-	p.snapshot, p.changed = s, true
+	p.snapshot, p.changed, p.nodesChanged = s, true, true
+}
+
+func (p *pipeline) takeFacts(f nodeFacts) {
+	p.facts, p.nodesChanged = &f, true
 }
 
 func (p *pipeline) takeRecords(r []*endpoint.Record) {
@@ -282,6 +322,7 @@ func (p *pipeline) applySource() {
 	p.saveNumbers()
 	compiled := p.now()
 	p.applyPolicy(hold)
+	p.applyReserved(hold) // before a NodePort can be used
 	p.applyServices(hold)
 	if noted || !p.raise.empty() {
 		p.saveNumbers()
@@ -344,6 +385,7 @@ func (p *pipeline) exportNumbers() numbers {
 		Version: numbersVersion,
 		Policy:  p.policies.Export(),
 		Service: p.services.Export(),
+		Node:    p.nodes.Export(),
 		Routes:  p.routes,
 		Raise:   p.raise,
 	}

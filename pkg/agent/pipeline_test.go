@@ -380,7 +380,7 @@ func TestNodeFacts(t *testing.T) {
 	s.Nodes["n2"] = &state.Node{Name: "n2", Addresses: []netip.Addr{netip.MustParseAddr("2001:db8::2")}}
 	s.Nodes["n1"] = &state.Node{Name: "n1", Addresses: []netip.Addr{local}}
 	r.give(s)
-	want = map[bpf.Addr]uint32{bpf.NewAddr(netip.MustParseAddr("2001:db8::2")): bpf.NodeAddrRemote, bpf.NewAddr(local): bpf.NodeAddrLocal | bpf.NodeAddrNodePort}
+	want = map[bpf.Addr]uint32{bpf.NewAddr(netip.MustParseAddr("2001:db8::2")): bpf.NodeAddrRemote | bpf.NodeAddrNodePort | 1<<bpf.NodeAddrIndexShift, bpf.NewAddr(local): bpf.NodeAddrLocal | bpf.NodeAddrNodePort}
 	if diff := cmp.Diff(want, k.nodeAddrs.entries); diff != "" {
 		t.Errorf("node_addrs (-want +got):\n%s", diff)
 	}

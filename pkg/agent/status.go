@@ -36,7 +36,7 @@ type Round struct {
 	Maps []MapStatus `json:"maps"`
 	// Counts of what is in force.
 	Counts Counts `json:"counts"`
-	// Devices are the network devices of the node that from_netdev is attached to.
+	// Devices are the network devices of the node that carry from_netdev and to_netdev, and the overlay device.
 	Devices []DeviceStatus `json:"devices"`
 }
 
@@ -65,6 +65,7 @@ type Counts struct {
 	Frontends  int `json:"frontends"`
 	Policies   int `json:"policies"`
 	Namespaces int `json:"namespaces"`
+	Nodes      int `json:"nodes"`
 }
 
 // DeviceStatus is a network device of the node.
@@ -133,11 +134,23 @@ func (p *pipeline) describe() {
 		}
 		r.Counts.Frontends = len(p.serviceResult.Frontends)
 	}
+	if p.facts != nil {
+		r.Problems = append(r.Problems, p.facts.problems...)
+	}
+	if p.nodeFileErr != nil {
+		r.Problems = append(r.Problems, "what the plugin is told of the node could not be saved: "+p.nodeFileErr.Error())
+	}
+	if p.nodeResult != nil {
+		for _, problem := range p.nodeResult.Problems {
+			r.Problems = append(r.Problems, "Node "+problem.Node+": "+problem.Message)
+		}
+	}
 	r.Counts.Endpoints = len(p.records)
 	if p.merged != nil {
 		r.Counts.Pods = len(p.merged.Pods)
 		r.Counts.Services = len(p.merged.Services)
 		r.Counts.Policies = len(p.merged.NetworkPolicies)
 		r.Counts.Namespaces = len(p.merged.Namespaces)
+		r.Counts.Nodes = len(p.merged.Nodes)
 	}
 }

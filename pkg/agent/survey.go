@@ -17,6 +17,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/link"
+	"github.com/margay-cni/margay/pkg/node"
 )
 
 // device is a network device of the node, as far as choosing needs it.
@@ -28,14 +29,23 @@ type device struct {
 	loopback bool
 	// defaultRoute says that a default route leaves by it.
 	defaultRoute bool
-	// addrs are its global addresses.
-	addrs []netip.Addr
+	// overlay says that it is the VXLAN device that we made.
+	overlay bool
+	up      bool
+	mtu     int // bytes
+	// addrs are its global addresses, networks the same with the length of the network that each is on, and usable those that new
+	// connections may start from.
+	addrs    []netip.Addr
+	networks []netip.Prefix
+	usable   []netip.Addr
 }
 
 // survey is one reading of the node's network.
 type survey struct {
 	devices []device
 	routes  []string
+	// nodeRoutes are the kernel's routes to other nodes that we made.
+	nodeRoutes map[link.NodeRoute]bool
 }
 
 // podDevicePrefix begins the name of every host-side device that Margay makes.
@@ -92,12 +102,13 @@ func readSurvey() (*survey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list routing rules: %w", err)
 	}
-	s := &survey{}
+	s := &survey{nodeRoutes: map[link.NodeRoute]bool{}}
 	byIndex := map[int]*device{}
 	for _, l := range links {
 		a := l.Attrs()
 		s.devices = append(s.devices, device{
 			index: a.Index, name: a.Name, kind: l.Type(), ethernet: a.EncapType == "ether", loopback: a.EncapType == "loopback",
+			overlay: l.Type() == "vxlan" && a.Alias == link.OverlayAlias, up: a.RawFlags&unix.IFF_UP != 0, mtu: a.MTU,
 		})
 	}
 	for i := range s.devices {
@@ -105,7 +116,7 @@ func readSurvey() (*survey, error) {
 	}
 	for _, a := range addrs {
 		if d, ip := byIndex[a.LinkIndex], toAddr(a); d != nil && ip.IsValid() {
-			d.addrs = append(d.addrs, ip)
+			d.addAddress(ip, a)
 		}
 	}
 	for _, r := range routes {
@@ -116,6 +127,21 @@ func readSurvey() (*survey, error) {
 	}
 	slices.Sort(s.routes)
 	return s, nil
+}
+
+// unusable are the flags of addresses that no new connection should start from: on their way out, not checked yet, or made for privacy
+// and gone tomorrow.
+const unusable = unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+
+func (d *device) addAddress(ip netip.Addr, a netlink.Addr) {
+	d.addrs = append(d.addrs, ip)
+	if ones, bits := a.Mask.Size(); bits > 0 {
+		d.networks = append(d.networks, netip.PrefixFrom(ip, ones))
+	}
+	// The same bit means "secondary" for IPv4, "temporary" for IPv6.
+	if a.Flags&unusable == 0 && (ip.Is4() || a.Flags&unix.IFA_F_TEMPORARY == 0) {
+		d.usable = append(d.usable, ip)
+	}
 }
 
 // addRoute takes a route into the fingerprint's lines and notes who has a default route.
@@ -137,7 +163,10 @@ func (s *survey) addRoute(r netlink.Route, byIndex map[int]*device) {
 		if r.Table == unix.RT_TABLE_MAIN && isDefault(r) && r.Type == unix.RTN_UNICAST {
 			d.defaultRoute = true
 		}
-		fmt.Fprintf(&line, " via %v dev %d", h.Gw, h.LinkIndex)
+		fmt.Fprintf(&line, " via %v dev %d mtu %d", h.Gw, h.LinkIndex, d.mtu)
+	}
+	if r.Protocol == link.NodeRouteProtocol {
+		s.nodeRoutes[link.NewNodeRoute(r)] = true
 	}
 	if !podOnly {
 		s.routes = append(s.routes, line.String())
@@ -191,7 +220,7 @@ var virtualKinds = []string{"dummy", "ifb", "nlmon", "vcan", "vrf"}
 
 // choose returns why the device carries from_netdev, or "".
 func (c chooser) choose(d device) string {
-	if d.loopback || !d.ethernet || isPodDevice(d.name) || c.pods[d.index] {
+	if d.loopback || !d.ethernet || d.overlay || isPodDevice(d.name) || c.pods[d.index] {
 		return ""
 	}
 	if len(c.patterns) > 0 {
@@ -218,19 +247,37 @@ func (c chooser) choose(d device) string {
 	return ""
 }
 
-// facts gives the node's addresses: all of them are local, and NodePorts are served on those of the chosen devices.
-func (s *survey) facts(c chooser) (map[netip.Addr]uint32, []DeviceStatus) {
+// facts gives the node's addresses (all of them are local, and NodePorts are served on those of the chosen devices), the chosen devices,
+// and what the compiler of pkg/node is told of the machine.
+func (s *survey) facts(c chooser) (map[netip.Addr]uint32, []DeviceStatus, node.Machine) {
 	addrs := map[netip.Addr]uint32{}
-	var chosen []DeviceStatus
+	var (
+		chosen  []DeviceStatus
+		machine node.Machine
+	)
 	for _, d := range s.devices {
 		flags := bpf.NodeAddrLocal
 		if reason := c.choose(d); reason != "" {
 			flags |= bpf.NodeAddrNodePort
 			chosen = append(chosen, DeviceStatus{Name: d.name, Ifindex: d.index, Reason: reason})
+			machine.Devices = append(machine.Devices, node.Device{
+				Index: d.index, Name: d.name, MTU: d.mtu, DefaultRoute: d.defaultRoute, Addresses: d.networks, Usable: d.usable,
+			})
 		}
 		for _, a := range d.addrs {
 			addrs[a] |= flags
 		}
+		machine.Addresses = append(machine.Addresses, d.addrs...)
 	}
-	return addrs, chosen
+	return addrs, chosen, machine
+}
+
+// overlay returns the VXLAN device that we made, nil if there is none.
+func (s *survey) overlay() *device {
+	for i := range s.devices {
+		if s.devices[i].overlay {
+			return &s.devices[i]
+		}
+	}
+	return nil
 }

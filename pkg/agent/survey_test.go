@@ -50,7 +50,7 @@ func TestFacts(t *testing.T) {
 		{index: 2, name: "eth0", kind: "device", ethernet: true, addrs: []netip.Addr{v4, v6}},
 		{index: 3, name: "cni0", kind: "bridge", ethernet: true, addrs: []netip.Addr{bridge}},
 	}}
-	addrs, chosen := s.facts(chooser{})
+	addrs, chosen, _ := s.facts(chooser{})
 	want := map[netip.Addr]uint32{v4: bpf.NodeAddrLocal | bpf.NodeAddrNodePort, v6: bpf.NodeAddrLocal | bpf.NodeAddrNodePort, bridge: bpf.NodeAddrLocal}
 	if diff := cmp.Diff(want, addrs, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("addresses (-want +got):\n%s", diff)

@@ -51,6 +51,11 @@ type Tables struct {
 	Backends        Table[bpf.BackendKey, bpf.Backend]
 	ServiceBackends Table[bpf.ServiceBackend, uint32]
 	NodeAddrs       Table[bpf.Addr, uint32]
+	Nodes           Table[uint32, bpf.Node]
+	Routes          Table[bpf.RouteKey, bpf.Route]
+	EgressAddrs     Table[uint32, bpf.EgressAddrs]
+	ReservedPorts   Table[uint32, uint64]
+	NodeState       Table[uint32, bpf.NodeState]
 }
 
 // kernelTable is a Table over a pinned map.
@@ -144,6 +149,33 @@ func (t kernelTable[K, V]) unchanged(k K, had V) error {
 	return nil
 }
 
+// arrayTable is a Table over a pinned array, whose elements all exist: one that is zero counts as missing.
+type arrayTable[V comparable] struct {
+	kernelTable[uint32, V]
+}
+
+// Load reads every element that is not zero.
+func (t arrayTable[V]) Load() (map[uint32]V, error) {
+	all, err := t.kernelTable.Load()
+	var zero V
+	for k, v := range all {
+		if v == zero {
+			delete(all, k)
+		}
+	}
+	return all, err
+}
+
+// Delete makes the element zero.
+func (t arrayTable[V]) Delete(k uint32, _ V) error {
+	var zero V
+	return t.Put(k, zero)
+}
+
+func newArrayTable[V comparable](m *ebpf.Map) Table[uint32, V] {
+	return arrayTable[V]{kernelTable[uint32, V]{m: m}}
+}
+
 // KernelTables are the tables of an opened datapath.
 func KernelTables(m *datapath.Maps) Tables {
 	return Tables{
@@ -155,6 +187,11 @@ func KernelTables(m *datapath.Maps) Tables {
 		Backends:        kernelTable[bpf.BackendKey, bpf.Backend]{m: m.Backends},
 		ServiceBackends: kernelTable[bpf.ServiceBackend, uint32]{m: m.ServiceBackends},
 		NodeAddrs:       kernelTable[bpf.Addr, uint32]{m: m.NodeAddrs},
+		Nodes:           newArrayTable[bpf.Node](m.Nodes),
+		Routes:          kernelTable[bpf.RouteKey, bpf.Route]{m: m.Routes},
+		EgressAddrs:     kernelTable[uint32, bpf.EgressAddrs]{m: m.EgressAddrs},
+		ReservedPorts:   newArrayTable[uint64](m.ReservedPorts),
+		NodeState:       newArrayTable[bpf.NodeState](m.NodeState),
 	}
 }
 
@@ -163,7 +200,8 @@ func MapSizes(m *datapath.Maps) map[string]uint32 {
 	sizes := map[string]uint32{}
 	for name, one := range map[string]*ebpf.Map{
 		"policy": m.Policy, "ipcache": m.IPCache, "endpoints": m.Endpoints, "pending": m.Pending, "services": m.Services,
-		"backends": m.Backends, "service_backends": m.ServiceBackends, "node_addrs": m.NodeAddrs,
+		"backends": m.Backends, "service_backends": m.ServiceBackends, "node_addrs": m.NodeAddrs, "nodes": m.Nodes, "routes": m.Routes,
+		"egress_addrs": m.EgressAddrs,
 	} {
 		sizes[name] = one.MaxEntries()
 	}

@@ -245,10 +245,19 @@ func (a *addition) allocateAddresses(ctx context.Context) (err error) {
 	return nil
 }
 
-// chooseMTU returns the configured MTU, or that of the device that has the default route, or Ethernet's.
+// chooseMTU returns the configured MTU, or the one that the agent computed from the way to other nodes, or that of the device that has the
+// default route, or Ethernet's. What is not configured, the agent changes when the node's changes.
 func (a *addition) chooseMTU() (int, error) {
 	if a.conf.MTU != 0 {
 		return a.conf.MTU, nil
+	}
+	a.record.FollowMTU = true
+	node, err := endpoint.ReadNode(a.conf.RunDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		a.log.Warn("what the agent knows of the node cannot be used", slog.Any("error", err))
+	}
+	if node.MTU > 0 {
+		return min(node.MTU, maxMTU), nil
 	}
 	mtu, err := a.hostLink.DefaultMTU()
 	if err != nil {

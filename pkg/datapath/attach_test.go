@@ -109,10 +109,30 @@ func TestAttachNetdev(t *testing.T) {
 		for range 2 {
 			must(t, d.AttachNetdev(dev))
 			must(t, d.NetdevAttached(dev))
-			wantFilters(t, "after AttachNetdev", dev, "ingress margay/from_netdev")
+			wantFilters(t, "after AttachNetdev", dev, "ingress margay/from_netdev", "egress margay/to_netdev")
 		}
 		must(t, d.DetachNetdev(dev))
 		wantFilters(t, "after DetachNetdev", dev)
+	})
+}
+
+func TestAttachOverlay(t *testing.T) {
+	t.Parallel()
+	ns, cfg := place(t)
+	d := ensure(t, ns, cfg)
+	ns.Do(func() {
+		dev := device(t, "overlay")
+		if err := d.OverlayAttached(dev); !errors.Is(err, ErrNotAttached) {
+			t.Errorf("OverlayAttached() before = %v, want ErrNotAttached", err)
+		}
+		for range 2 {
+			must(t, d.AttachOverlay(dev))
+			must(t, d.OverlayAttached(dev))
+			wantFilters(t, "after AttachOverlay", dev, "ingress margay/from_overlay", "egress margay/to_overlay")
+		}
+		if err := d.NetdevAttached(dev); !errors.Is(err, ErrNotAttached) {
+			t.Errorf("NetdevAttached() of the overlay device = %v, want ErrNotAttached", err)
+		}
 	})
 }
 

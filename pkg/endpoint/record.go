@@ -2,7 +2,8 @@
 
 // Package endpoint owns the record files under <run>/endpoints: one JSON file for each pod interface that Margay serves, written by the
 // CNI plugin before ADD returns and removed by DEL. They are the truth from which the agent can rebuild the maps, and where everything
-// that shows addresses finds pod names. Records are written to a temporary file and renamed, so a reader never sees half of one.
+// that shows addresses finds pod names. It also owns the layout of <run>/node.json, by which the agent tells the plugin what holds for
+// every pod of the node. All are written to a temporary file and renamed, so a reader never sees half of one.
 package endpoint
 
 import (
@@ -37,6 +38,9 @@ type Record struct {
 	HostIfindex int    `json:"hostIfindex"`
 	// Adopted says that another plugin made the interface.
 	Adopted bool `json:"adopted,omitempty"`
+	// FollowMTU says that the node, not the conflist or another plugin, decides about the interface's MTU: the agent changes it, at both
+	// ends, when the node's changes.
+	FollowMTU bool `json:"followMTU,omitempty"`
 	// Policy says what the pod started with: "published", "open" or "node-only" (architecture promise 2).
 	Policy string `json:"policy,omitempty"`
 	// Created is when ADD registered the endpoint.

@@ -21,6 +21,8 @@ const (
 	ServicesFile = "services.json"
 	// RulesFile names rule ids: the policy and rule that the id stands for.
 	RulesFile = "rules.json"
+	// NodesFile names the other nodes by their index of the map nodes.
+	NodesFile = "nodes.json"
 )
 
 // Names gives addresses and ids the names that people know. The zero value and a nil *Names know none.
@@ -29,6 +31,7 @@ type Names struct {
 	pods     map[netip.Addr]string
 	services map[uint32]string
 	rules    map[uint32]string
+	nodes    map[uint32]string
 }
 
 // LoadNames reads the endpoint records and the agent's name files under the run directory. What is missing is simply not named. A file
@@ -38,7 +41,8 @@ func LoadNames(run string) (*Names, error) {
 	n := NewNames(records, nil, nil)
 	errServices := readJSON(filepath.Join(run, ServicesFile), &n.services)
 	errRules := readJSON(filepath.Join(run, RulesFile), &n.rules)
-	return n, errors.Join(errRecords, errServices, errRules)
+	errNodes := readJSON(filepath.Join(run, NodesFile), &n.nodes)
+	return n, errors.Join(errRecords, errServices, errRules, errNodes)
 }
 
 // NewNames returns names for the pods of records, the services and the rules.
@@ -101,6 +105,14 @@ func (n *Names) Rule(id uint32) string {
 		return ""
 	}
 	return n.rules[id]
+}
+
+// Node returns the name of another node by its index, or "".
+func (n *Names) Node(index uint32) string {
+	if n == nil {
+		return ""
+	}
+	return n.nodes[index]
 }
 
 // readJSON decodes a file into v; a missing file leaves v as it is.

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"flag"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/margay-cni/margay/pkg/agent"
+	"github.com/margay-cni/margay/pkg/node"
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// reachFlags adds the flags about other nodes and what is outside the cluster.
+func reachFlags(f *flag.FlagSet, o *options) {
+	r := &o.reach
+	*r = agent.Reach{
+		Mode: node.VXLAN, VXLANDevice: agent.DefaultVXLANDevice, VXLANPort: agent.DefaultVXLANPort, VXLANVNI: agent.DefaultVXLANVNI, Masquerade: true,
+	}
+	f.Func("routing-mode", "how packets reach other nodes' pods: vxlan, direct or auto (default vxlan)", func(s string) (err error) {
+		r.Mode, err = node.ParseMode(s)
+		return err
+	})
+	f.StringVar(&r.VXLANDevice, "vxlan-device", r.VXLANDevice, "name of the overlay device")
+	number(f, "vxlan-port", "UDP port of the overlay (default 8472)", 16, func(n uint64) { r.VXLANPort = uint16(n) })
+	number(f, "vxlan-vni", "first of the overlay's three network numbers (default 28000)", 24, func(n uint64) { r.VXLANVNI = uint32(n) })
+	f.BoolVar(&r.Masquerade, "masquerade", r.Masquerade, "let pods' traffic to outside the cluster leave with this node's address")
+	f.Func("non-masquerade-cidrs", "comma-separated ranges outside the cluster to which pods keep their own address", func(s string) error {
+		r.NonMasquerade = nil
+		for part := range strings.SplitSeq(s, ",") {
+			p, err := netip.ParsePrefix(strings.TrimSpace(part))
+			if err != nil || p.Addr().Is4In6() {
+				return errors.New("want CIDR[,CIDR]")
+			}
+			r.NonMasquerade = append(r.NonMasquerade, p.Masked())
+		}
+		return nil
+	})
+	f.Func("egress-address", "[DEVICE=]ADDR: address that masqueraded traffic leaves with, by that device or any; may be repeated", func(s string) error {
+		e, err := node.ParseEgressOverride(s)
+		if err == nil {
+			r.Egress = append(r.Egress, e)
+		}
+		return err
+	})
+	f.StringVar(&o.serviceReturn, "service-return", string(state.ReturnTunnel),
+		"tunnel or dsr: answers to clients that another node forwarded go back through it, or straight to the client")
+}
+
+// number adds a flag for a positive number of so many bits.
+func number(f *flag.FlagSet, name, usage string, bits int, set func(uint64)) {
+	f.Func(name, usage, func(s string) error {
+		n, err := strconv.ParseUint(s, 10, bits)
+		if err != nil || n == 0 {
+			return errors.New("want a positive number of " + strconv.Itoa(bits) + " bits")
+		}
+		set(n)
+		return nil
+	})
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+)
+
+// reservedPortsSysctl lists the ports that the kernel gives to no socket that asks for any: 32000-32100,40000.
+const reservedPortsSysctl = "/proc/sys/net/ipv4/ip_local_reserved_ports"
+
+// portRange is from first to last, both included.
+type portRange struct {
+	first, last uint16
+}
+
+// ReservedPorts returns the ports that the kernel keeps from being chosen.
+func (systemHost) ReservedPorts() ([]portRange, error) {
+	data, err := os.ReadFile(reservedPortsSysctl)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read reserved ports: %w", err)
+	}
+	return parsePorts(string(data))
+}
+
+func parsePorts(list string) ([]portRange, error) {
+	var out []portRange
+	for _, part := range strings.FieldsFunc(list, func(r rune) bool { return r == ',' || r == '\n' || r == ' ' }) {
+		low, high, isRange := strings.Cut(part, "-")
+		if !isRange {
+			high = low
+		}
+		first, err1 := strconv.ParseUint(low, 10, 16)
+		last, err2 := strconv.ParseUint(high, 10, 16)
+		if err := errors.Join(err1, err2); err != nil || last < first {
+			return nil, fmt.Errorf("reserved ports %q: %q is no port and no range", list, part)
+		}
+		out = append(out, portRange{uint16(first), uint16(last)})
+	}
+	return out, nil
+}
+
+// bits sets the ports of the ranges in the map's form: one word for each 64 ports.
+func bits(ranges []portRange) map[uint32]uint64 {
+	out := map[uint32]uint64{}
+	for _, r := range ranges {
+		for port := uint32(r.first); port <= uint32(r.last); port++ {
+			out[port/64] |= 1 << (port % 64)
+		}
+	}
+	return out
+}
+
+// applyReserved writes the ports that masquerade must not take: the kernel's list, every NodePort, and the overlay's own port, because what
+// comes to that one from outside is the kernel's. With hold no port is taken off.
+func (p *pipeline) applyReserved(hold bool) {
+	if p.round.Whole || p.sysctlPorts == nil {
+		ports, err := p.host.ReservedPorts()
+		if err != nil {
+			p.log.Error("reserved ports are not known; those in the map stay reserved", "err", err)
+			hold = true
+		} else {
+			p.sysctlPorts = append([]portRange{}, ports...)
+		}
+	}
+	ranges := append([]portRange{{p.reach.VXLANPort, p.reach.VXLANPort}}, p.sysctlPorts...)
+	for _, s := range p.merged.Services {
+		for _, port := range s.Ports {
+			if port.NodePort != 0 {
+				ranges = append(ranges, portRange{port.NodePort, port.NodePort})
+			}
+		}
+	}
+	want := bits(ranges)
+	if hold {
+		for word, have := range p.m.reserved.have {
+			want[word] |= have
+		}
+	}
+	for word, v := range want {
+		p.m.reserved.put(word, v)
+	}
+	for _, word := range p.m.reserved.surplus(want) {
+		p.m.reserved.remove(word)
+	}
+}
