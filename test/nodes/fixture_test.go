@@ -69,8 +69,8 @@ func TestFixtureNetworks(t *testing.T) {
 					t.Errorf("the client reaches the pod's %s without a route", one.Addr(v6))
 				}
 			}
-			if got := len(c.Status(c.Node("n2")).Last.Devices); got != 2 {
-				t.Errorf("n2's agent serves %d devices, want 2", got)
+			if got := len(c.Status(c.Node("n2")).Last.Devices); got != 3 {
+				t.Errorf("n2's agent serves %d devices, want 3: two NICs and the overlay's", got)
 			}
 		})
 	}
