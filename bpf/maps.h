@@ -165,7 +165,7 @@ struct {
 
 /*
  * Fragmented datagram → ports of its first fragment, or the fragments that wait for it. Written by the programs, deleted by LRU
- * eviction; believed for 30 seconds. 8192 entries are 0.9 MiB.
+ * eviction; believed for 30 seconds. 8192 entries are 1.1 MiB.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
