@@ -6,7 +6,7 @@
  * A changed layout is a new N (datapath.mapVersion) with a migration.
  */
 
-#include "types.h"
+#include "datagram.h"
 
 /*
  * Flow table: tuple → what to do with its packets. Two entries per flow, one for each direction.
@@ -162,6 +162,41 @@ struct {
 	__type(key, __u32);
 	__type(value, struct node_state);
 } node_state SEC(".maps");
+
+/*
+ * Fragmented datagram → ports of its first fragment, or the fragments that wait for it. Written by the programs, deleted by LRU
+ * eviction; believed for 30 seconds. 8192 entries are 1.1 MiB.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct fragment_key);
+	__type(value, struct datagram);
+} fragments SEC(".maps");
+
+/* Fragments that came before the first of their datagram. A ring: the next one takes the place of the oldest. By the programs. 1.6 MiB. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, HELD_FRAGMENTS);
+	__type(key, __u32);
+	__type(value, struct held_fragment);
+} held_fragments SEC(".maps");
+
+/* How many fragments have ever waited: modulo HELD_FRAGMENTS the next slot of held_fragments. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} held_cursor SEC(".maps");
+
+/* Work space of a first fragment, per CPU: larger than the stack of a program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct fragment_scratch);
+} fragment_scratch SEC(".maps");
 
 /* reason * 2 + direction → dropped packets and bytes. Written by the programs, never reset. */
 struct {

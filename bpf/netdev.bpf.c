@@ -28,10 +28,14 @@ static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt 
 		return TC_ACT_OK;
 	if (p->kind == PKT_ICMP_ERROR)
 		return handle_icmp_error(skb, p);
-	if (p->kind != PKT_FLOW || is_overlay(p))
+	if (p->kind == PKT_FRAGMENT)
+		ret = handle_fragment(skb, p);
+	else if (p->kind == PKT_FLOW && !is_overlay(p))
+		ret = handle_flow(skb, p);
+	else
 		return TC_ACT_OK;
-	ret = handle_flow(skb, p);
-	if (ret != -DROP_SERVICE_NO_BACKEND)
+	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
+	if (ret != -DROP_SERVICE_NO_BACKEND || p->frag == FRAG_LATER)
 		return ret;
 	ret = refuse(skb, p);
 	return ret ? ret : bpf_redirect(skb->ifindex, 0);

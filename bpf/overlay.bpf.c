@@ -19,6 +19,8 @@ static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt
 {
 	int ret = overlay_receive(skb, p);
 
+	if (ret == -DROP_OVERLAY_SOURCE)
+		ret = fragment_overlay(skb, p);
 	if (!ret)
 		ret = parse(skb, p);
 	if (ret)
@@ -31,10 +33,14 @@ static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt
 	case PKT_ICMP_ERROR:
 		ret = handle_icmp_error(skb, p);
 		break;
+	case PKT_FRAGMENT:
+		ret = handle_fragment(skb, p);
+		break;
 	default:
 		ret = handle_flow(skb, p);
 	}
-	if (ret == -DROP_SERVICE_NO_BACKEND && p->in_node)
+	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
+	if (ret == -DROP_SERVICE_NO_BACKEND && p->in_node && p->frag != FRAG_LATER)
 		return refuse_forwarded(skb, p);
 	/* The inner MACs mean nothing between nodes; the stack would take the frame for somebody else's. */
 	if (ret == TC_ACT_OK && skb->pkt_type != PACKET_HOST)

@@ -21,9 +21,14 @@ static __always_inline int handle_from_pod(struct __sk_buff *skb, struct pkt *p)
 		return answer_nd(skb, p);
 	case PKT_ICMP_ERROR:
 		return handle_icmp_error(skb, p);
+	case PKT_FRAGMENT:
+		ret = handle_fragment(skb, p);
+		break;
+	default:
+		ret = handle_flow(skb, p);
 	}
-	ret = handle_flow(skb, p);
-	if (ret != -DROP_SERVICE_NO_BACKEND)
+	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
+	if (ret != -DROP_SERVICE_NO_BACKEND || p->frag == FRAG_LATER)
 		return ret;
 	ret = refuse(skb, p);
 	return ret ? ret : bpf_redirect_peer(skb->ifindex, 0);
@@ -43,6 +48,8 @@ static __always_inline int handle_to_pod(struct __sk_buff *skb, struct pkt *p)
 		return p->ttl == 255 ? TC_ACT_OK : -DROP_INVALID_ND;
 	case PKT_ICMP_ERROR:
 		return handle_icmp_error(skb, p);
+	case PKT_FRAGMENT:
+		return handle_fragment(skb, p);
 	}
 	return handle_flow(skb, p);
 }

@@ -68,7 +68,7 @@ enum drop_reason {
 	DROP_SERVICE_NO_BACKEND = 8,   /* service without endpoints; the client was told (RST, port unreachable) */
 	DROP_SERVICE_NO_LOCAL = 9,     /* Local traffic policy and no endpoint here */
 	DROP_NO_ROUTE = 10,	       /* no route to the destination */
-	DROP_FRAGMENT = 11,	       /* IP fragment */
+	DROP_FRAGMENT = 11,	       /* IP fragment without a whole transport header to judge it by, its own or its first one's */
 	DROP_EXTENSION_HEADER = 12,    /* IPv6 extension header not known, or too many of them */
 	DROP_MULTICAST = 13,	       /* multicast or broadcast from a pod */
 	DROP_INVALID_ARP = 14,	       /* ARP that is no Ethernet/IPv4 request from the pod's own address */
@@ -88,7 +88,8 @@ enum drop_reason {
 	DROP_NO_SOURCE_PORT = 28,      /* masquerade: every source port that may be used towards this destination is taken */
 	DROP_NO_EGRESS_ADDRESS = 29,   /* masquerade: this node has no address to send from */
 	DROP_TOO_BIG = 30,	       /* does not fit the way ahead; the sender was told */
-	DROP_REASONS = 31,	       /* count; keep last */
+	DROP_FRAGMENT_LOST = 31,       /* IP fragment that waited for the first of its datagram in vain */
+	DROP_REASONS = 32,	       /* count; keep last */
 };
 
 /* A packet's addresses as the flow table sees them. ICMP echo: the identifier is both ports. */

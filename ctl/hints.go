@@ -14,7 +14,7 @@ var hints = map[string]string{
 	"service_no_backend":   "the service has no ready endpoint; the client was told",
 	"service_no_local":     "Local traffic policy and no endpoint on this node",
 	"no_route":             "the node has no route to the destination",
-	"fragment":             "IP fragments are not carried; check the MTU",
+	"fragment":             "IP fragment without a whole transport header",
 	"extension_header":     "unknown or too many IPv6 extension headers",
 	"multicast":            "pods cannot send multicast or broadcast",
 	"invalid_arp":          "harmless: pods need no ARP",
@@ -34,4 +34,5 @@ var hints = map[string]string{
 	"no_source_port":       "masquerade has no free port towards the destination",
 	"no_egress_address":    "the node has no address of this family to send from",
 	"too_big":              "does not fit the path's MTU; the sender was told",
+	"fragment_lost":        "the datagram's first fragment did not come in time",
 }

@@ -62,6 +62,8 @@ enum {
 #define BPF_F_ZERO_CSUM_TX (1ULL << 1)
 #define BPF_RB_NO_WAKEUP (1ULL << 0)
 #define BPF_ADJ_ROOM_MAC 1
+#define BPF_F_INGRESS (1ULL << 0)
+#define BPF_F_INVALIDATE_HASH (1ULL << 1)
 
 /* Verdicts of tc programs, linux/pkt_cls.h. */
 #define TC_ACT_UNSPEC (-1)
@@ -198,7 +200,7 @@ struct iphdr {
 };
 
 #define IP_MF 0x2000
-#define IP_OFFSET 0x1fff
+#define IP_OFFSET 0x1fff /* 8-byte units */
 
 struct ipv6hdr {
 	__u8 version_class;
@@ -218,9 +220,12 @@ struct ipv6_opt {
 struct ipv6_frag {
 	__u8 nexthdr;
 	__u8 reserved;
-	__be16 frag_off;
+	__be16 frag_off; /* IP6_OFFSET: bytes; IP6_MF */
 	__be32 id;
 };
+
+#define IP6_MF 0x0001
+#define IP6_OFFSET 0xfff8
 
 struct tcphdr {
 	__be16 source;

@@ -4,6 +4,7 @@
 /* The fast path: one flow lookup, a few comparisons, the entry's action. Everything else is connect.h. */
 
 #include "connect.h"
+#include "fragment.h"
 
 /* The outer source is the address of the node that the entry names: an array lookup, no hash. */
 static __always_inline int flow_node_matches(const struct pkt *p, const struct flow *f)
@@ -54,6 +55,20 @@ static __always_inline int handle_flow(struct __sk_buff *skb, struct pkt *p)
 		return denied(p, f);
 	flow_note_packet(f, p);
 	return forward(skb, p, f);
+}
+
+/*
+ * A fragment goes the way of its flow; a later one is judged by the first one's ports. Not global, because p->key is a map's key here
+ * (policy.h).
+ */
+static __noinline int handle_fragment(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret = fragment_begin(skb, p);
+
+	if (ret != FRAGMENT_JOINED)
+		return ret;
+	ret = handle_flow(skb, p);
+	return p->frag == FRAG_FIRST ? fragment_end(skb, p, ret) : ret;
 }
 
 /* An ICMP error is sent under its own address, which says nothing of the flow: the source check once more. */

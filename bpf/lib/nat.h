@@ -94,6 +94,17 @@ static __always_inline int nat_l3(struct __sk_buff *skb, struct pkt *p, const st
 	return 0;
 }
 
+/*
+ * A later fragment has no transport header; the checksum in the first one covers all of the datagram. IPv6: nothing in the packet cancels
+ * the new address out in the NIC's sum of it.
+ */
+static __always_inline int nat_later_fragment(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 diff)
+{
+	if (p->l3_proto == ETH_P_IPV6)
+		bpf_csum_update(skb, diff);
+	return nat_l3(skb, p, to, diff);
+}
+
 /* Rewrites the packet from p->key to *to; diff is csum_diff_addrs of the two. All checksums stay right. */
 __noinline int nat_rewrite(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 diff)
 {
@@ -102,6 +113,8 @@ __noinline int nat_rewrite(struct __sk_buff *skb, struct pkt *p, const struct fl
 
 	if (!p || !to)
 		return -DROP_NAT;
+	if (unlikely(p->frag == FRAG_LATER))
+		return nat_later_fragment(skb, p, to, diff);
 	/* SCTP's CRC32c covers the ports but no address; a changed port would need a whole new sum. */
 	if (p->key.proto != IPPROTO_SCTP)
 		ret = nat_l4_csum(skb, p, to, diff);

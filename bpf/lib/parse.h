@@ -132,6 +132,57 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 	return parse_ports(skb, p->l4_off, &p->key);
 }
 
+static __always_inline __u32 l4_header_len(__u8 proto)
+{
+	return proto == IPPROTO_TCP ? sizeof(struct tcphdr) : 8;
+}
+
+/*
+ * A first fragment, which ends at end by its IP header: behind that there may be padding. Its transport header must be whole, or nobody
+ * could judge the datagram (RFC 1858, RFC 7112). p->frag_at is where the fragmented part begins. Discovery is never fragmented
+ * (RFC 6980), ICMP errors are too short to be.
+ */
+__noinline int parse_first_fragment(struct __sk_buff *skb, struct pkt *p, __u32 end)
+{
+	__u32 headers;
+	int ret;
+
+	if (!p)
+		return -DROP_TRUNCATED;
+	headers = p->l4_off + l4_header_len(p->key.proto);
+	if (headers > end)
+		return -DROP_FRAGMENT;
+	ret = parse_l4(skb, p);
+	if (ret)
+		return ret;
+	if (p->kind != PKT_FLOW)
+		return -DROP_FRAGMENT;
+	p->kind = PKT_FRAGMENT;
+	p->frag_at = (headers - p->frag_at + 7) / 8;
+	return 0;
+}
+
+static __always_inline int parse_ipv4_fragment(struct __sk_buff *skb, struct pkt *p, const struct iphdr *ip)
+{
+	p->frag_id = ip->id;
+	p->frag_at = bpf_ntohs(ip->frag_off) & IP_OFFSET;
+	if (!p->frag_at) {
+		p->frag = FRAG_FIRST;
+		p->frag_at = p->l4_off;
+		return parse_first_fragment(skb, p, L3_OFF + bpf_ntohs(ip->tot_len));
+	}
+	p->frag = FRAG_LATER;
+	p->kind = PKT_FRAGMENT;
+	switch (p->key.proto) {
+	case IPPROTO_TCP:
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
+	case IPPROTO_ICMP:
+		return 0;
+	}
+	return -DROP_UNKNOWN_PROTOCOL;
+}
+
 static __always_inline int parse_ipv4(struct __sk_buff *skb, struct pkt *p)
 {
 	struct iphdr *ip = pkt_at(skb, L3_OFF, sizeof(*ip));
@@ -149,28 +200,60 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct pkt *p)
 	p->l4_off = L3_OFF + ihl;
 	if ((ip->daddr & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) || ip->daddr == 0xffffffff)
 		return -DROP_MULTICAST;
-	if (ip->frag_off & bpf_htons(IP_MF | IP_OFFSET))
-		return -DROP_FRAGMENT;
 	if (ip->protocol == IPPROTO_ICMPV6)
 		return -DROP_UNKNOWN_PROTOCOL;
+	if (ip->frag_off & bpf_htons(IP_MF | IP_OFFSET))
+		return parse_ipv4_fragment(skb, p, ip);
 	return parse_l4(skb, p);
 }
 
-/* Steps over extension headers; *next is the protocol that follows them. */
+/* A fragment header that says that this is all (RFC 6946) is stepped over. 1: nothing that can be read follows. */
+static __always_inline int parse_fragment_header(struct __sk_buff *skb, struct pkt *p)
+{
+	struct ipv6_frag *frag = pkt_at(skb, p->l4_off, sizeof(*frag));
+	__u32 off;
+
+	if (!frag)
+		return -DROP_TRUNCATED;
+	if (p->frag != FRAG_NONE)
+		return -DROP_EXTENSION_HEADER;
+	p->key.proto = frag->nexthdr;
+	p->l4_off += sizeof(*frag);
+	off = bpf_ntohs(frag->frag_off);
+	if (!(off & (IP6_OFFSET | IP6_MF)))
+		return 0;
+	p->frag_id = frag->id;
+	if (!(off & IP6_OFFSET)) {
+		p->frag = FRAG_FIRST;
+		p->frag_at = p->l4_off;
+		return 0;
+	}
+	p->frag = FRAG_LATER;
+	p->frag_at = (off & IP6_OFFSET) / 8;
+	return 1;
+}
+
+/* Steps over extension headers; p->key.proto is the protocol that follows them, and p->frag what a fragment header says. */
 __noinline int skip_extension_headers(struct __sk_buff *skb, struct pkt *p)
 {
 	struct ipv6_opt *opt;
+	int ret;
 
 	if (!p)
 		return -DROP_TRUNCATED;
-	for (int i = 0; i < MAX_EXT_HEADERS; i++) {
+	p->frag = FRAG_NONE;
+	for (int i = 0; i <= MAX_EXT_HEADERS; i++) {
 		switch (p->key.proto) {
 		case IPPROTO_HOPOPTS:
 		case IPPROTO_ROUTING:
 		case IPPROTO_DSTOPTS:
+		case IPPROTO_AH:
 			break;
 		case IPPROTO_FRAGMENT:
-			return -DROP_FRAGMENT;
+			ret = parse_fragment_header(skb, p);
+			if (ret)
+				return ret < 0 ? ret : 0;
+			continue;
 		case IPPROTO_TCP:
 		case IPPROTO_UDP:
 		case IPPROTO_SCTP:
@@ -182,8 +265,32 @@ __noinline int skip_extension_headers(struct __sk_buff *skb, struct pkt *p)
 		opt = pkt_at(skb, p->l4_off, sizeof(*opt));
 		if (!opt)
 			return -DROP_TRUNCATED;
+		/* The authentication header counts in words (RFC 4302 §2.2). */
+		p->l4_off += p->key.proto == IPPROTO_AH ? (opt->hdrlen + 2) * 4 : (opt->hdrlen + 1) * 8;
 		p->key.proto = opt->nexthdr;
-		p->l4_off += (opt->hdrlen + 1) * 8;
+	}
+	return -DROP_EXTENSION_HEADER;
+}
+
+static __always_inline int parse_ipv6_fragment(struct __sk_buff *skb, struct pkt *p)
+{
+	struct ipv6hdr *ip = pkt_at(skb, L3_OFF, sizeof(*ip));
+
+	if (!ip)
+		return -DROP_TRUNCATED;
+	if (p->key.dst.b[0] == 0xff)
+		return -DROP_MULTICAST;
+	if (p->frag == FRAG_FIRST)
+		return parse_first_fragment(skb, p, L3_OFF + sizeof(*ip) + bpf_ntohs(ip->payload_len));
+	p->kind = PKT_FRAGMENT;
+	switch (p->key.proto) {
+	case IPPROTO_DSTOPTS:
+	case IPPROTO_AH:
+	case IPPROTO_TCP:
+	case IPPROTO_UDP:
+	case IPPROTO_SCTP:
+	case IPPROTO_ICMPV6:
+		return 0;
 	}
 	return -DROP_EXTENSION_HEADER;
 }
@@ -209,6 +316,8 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct pkt *p)
 		ret = skip_extension_headers(skb, p);
 		if (ret)
 			return ret;
+		if (p->frag != FRAG_NONE)
+			return parse_ipv6_fragment(skb, p);
 	}
 	ret = parse_l4(skb, p);
 	if (p->kind != PKT_ND && (p->key.dst.b[0] == 0xff && p->kind != PKT_ICMP_ERROR))

@@ -23,7 +23,16 @@ struct pkt {
 	struct addr outer;    /* from_overlay: address that encapsulated it */
 	__u16 in_node;	      /* from_overlay, slow path: node of that address; 0: none */
 	__u8 vni;	      /* from_overlay: enum overlay_vni */
-	__u8 pad;
+	__u8 frag;	      /* enum pkt_frag */
+	__be32 frag_id;
+	__u16 frag_at; /* 8-byte units: FRAG_LATER: its offset; FRAG_FIRST: where a later one may begin at the earliest */
+	__u16 pad;
+};
+
+enum pkt_frag {
+	FRAG_NONE = 0,	/* a whole packet */
+	FRAG_FIRST = 1, /* has the transport header */
+	FRAG_LATER = 2, /* has none */
 };
 
 enum pkt_kind {
@@ -31,6 +40,7 @@ enum pkt_kind {
 	PKT_ARP = 1,
 	PKT_ND = 2,
 	PKT_ICMP_ERROR = 3, /* key is of the packet that the error is about */
+	PKT_FRAGMENT = 4,   /* see frag: a later one's key has no ports yet, in IPv6 no protocol either */
 };
 
 #define L3_OFF ((__u32)sizeof(struct ethhdr))

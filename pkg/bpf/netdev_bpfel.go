@@ -24,6 +24,10 @@ const (
 	netdevMapEventBudget     = "event_budget"
 	netdevMapEvents          = "events"
 	netdevMapFlows           = "flows"
+	netdevMapFragmentScratch = "fragment_scratch"
+	netdevMapFragments       = "fragments"
+	netdevMapHeldCursor      = "held_cursor"
+	netdevMapHeldFragments   = "held_fragments"
 	netdevMapIpcache         = "ipcache"
 	netdevMapNodeAddrs       = "node_addrs"
 	netdevMapNodeState       = "node_state"
@@ -102,6 +106,10 @@ type netdevMapSpecs struct {
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	FragmentScratch *ebpf.MapSpec `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
+	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
@@ -152,6 +160,10 @@ type netdevMaps struct {
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Flows           *ebpf.Map `ebpf:"flows"`
+	FragmentScratch *ebpf.Map `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.Map `ebpf:"fragments"`
+	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
@@ -176,6 +188,10 @@ func (m *netdevMaps) Close() error {
 		m.EventBudget,
 		m.Events,
 		m.Flows,
+		m.FragmentScratch,
+		m.Fragments,
+		m.HeldCursor,
+		m.HeldFragments,
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,

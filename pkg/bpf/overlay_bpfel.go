@@ -24,6 +24,10 @@ const (
 	overlayMapEventBudget     = "event_budget"
 	overlayMapEvents          = "events"
 	overlayMapFlows           = "flows"
+	overlayMapFragmentScratch = "fragment_scratch"
+	overlayMapFragments       = "fragments"
+	overlayMapHeldCursor      = "held_cursor"
+	overlayMapHeldFragments   = "held_fragments"
 	overlayMapIpcache         = "ipcache"
 	overlayMapNodeAddrs       = "node_addrs"
 	overlayMapNodeState       = "node_state"
@@ -100,6 +104,10 @@ type overlayMapSpecs struct {
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	FragmentScratch *ebpf.MapSpec `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
+	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
@@ -150,6 +158,10 @@ type overlayMaps struct {
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Flows           *ebpf.Map `ebpf:"flows"`
+	FragmentScratch *ebpf.Map `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.Map `ebpf:"fragments"`
+	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
@@ -174,6 +186,10 @@ func (m *overlayMaps) Close() error {
 		m.EventBudget,
 		m.Events,
 		m.Flows,
+		m.FragmentScratch,
+		m.Fragments,
+		m.HeldCursor,
+		m.HeldFragments,
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,

@@ -24,6 +24,10 @@ const (
 	podMapEventBudget     = "event_budget"
 	podMapEvents          = "events"
 	podMapFlows           = "flows"
+	podMapFragmentScratch = "fragment_scratch"
+	podMapFragments       = "fragments"
+	podMapHeldCursor      = "held_cursor"
+	podMapHeldFragments   = "held_fragments"
 	podMapIpcache         = "ipcache"
 	podMapNodeAddrs       = "node_addrs"
 	podMapNodeState       = "node_state"
@@ -100,6 +104,10 @@ type podMapSpecs struct {
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	FragmentScratch *ebpf.MapSpec `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
+	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
@@ -150,6 +158,10 @@ type podMaps struct {
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Flows           *ebpf.Map `ebpf:"flows"`
+	FragmentScratch *ebpf.Map `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.Map `ebpf:"fragments"`
+	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
@@ -174,6 +186,10 @@ func (m *podMaps) Close() error {
 		m.EventBudget,
 		m.Events,
 		m.Flows,
+		m.FragmentScratch,
+		m.Fragments,
+		m.HeldCursor,
+		m.HeldFragments,
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,

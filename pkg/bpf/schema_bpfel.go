@@ -43,6 +43,22 @@ type dpCounter struct {
 	Bytes   uint64
 }
 
+type dpDatagram struct {
+	_        structs.HostLayout
+	Waiting  uint32
+	Seen     uint32
+	Sport    uint16
+	Dport    uint16
+	Proto    uint8
+	IcmpType uint8
+	TcpFlags uint8
+	Headers  uint8
+	Vni      uint8
+	Pad      uint8
+	_        [2]byte
+	Outer    dpAddr
+}
+
 type dpDirection uint32
 
 const (
@@ -84,7 +100,8 @@ const (
 	dpDropReasonDROP_NO_SOURCE_PORT       dpDropReason = 28
 	dpDropReasonDROP_NO_EGRESS_ADDRESS    dpDropReason = 29
 	dpDropReasonDROP_TOO_BIG              dpDropReason = 30
-	dpDropReasonDROP_REASONS              dpDropReason = 31
+	dpDropReasonDROP_FRAGMENT_LOST        dpDropReason = 31
+	dpDropReasonDROP_REASONS              dpDropReason = 32
 )
 
 type dpEgressAddrs struct {
@@ -216,12 +233,47 @@ const (
 	dpFlowTcpFLOW_TCP_ESTABLISHED dpFlowTcp = 8
 )
 
+type dpFragmentKey struct {
+	_     structs.HostLayout
+	Src   dpAddr
+	Dst   dpAddr
+	Id    uint32
+	Proto uint8
+	Pad   [3]uint8
+}
+
+type dpFragmentScratch struct {
+	_     structs.HostLayout
+	Key   dpFragmentKey
+	First dpDatagram
+	Pad   uint32
+	Frame [1520]uint8
+}
+
 type dpFrontendKey struct {
 	_     structs.HostLayout
 	Addr  dpAddr
 	Port  uint16
 	Proto uint8
 	Pad   uint8
+}
+
+type dpHeldFragment struct {
+	_         structs.HostLayout
+	State     uint32
+	Next      uint32
+	Time      uint32
+	Ifindex   uint32
+	Key       dpFragmentKey
+	Outer     dpAddr
+	Length    uint16
+	Hook      uint8
+	Direction uint8
+	Proto     uint8
+	Passed    uint8
+	Vni       uint8
+	Pad       uint8
+	Frame     [1520]uint8
 }
 
 type dpHook uint32
@@ -463,6 +515,10 @@ const (
 	dpMapEventBudget     = "event_budget"
 	dpMapEvents          = "events"
 	dpMapFlows           = "flows"
+	dpMapFragmentScratch = "fragment_scratch"
+	dpMapFragments       = "fragments"
+	dpMapHeldCursor      = "held_cursor"
+	dpMapHeldFragments   = "held_fragments"
 	dpMapIpcache         = "ipcache"
 	dpMapNodeAddrs       = "node_addrs"
 	dpMapNodeState       = "node_state"
@@ -533,6 +589,10 @@ type dpMapSpecs struct {
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	FragmentScratch *ebpf.MapSpec `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
+	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
@@ -581,6 +641,10 @@ type dpMaps struct {
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Flows           *ebpf.Map `ebpf:"flows"`
+	FragmentScratch *ebpf.Map `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.Map `ebpf:"fragments"`
+	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
@@ -605,6 +669,10 @@ func (m *dpMaps) Close() error {
 		m.EventBudget,
 		m.Events,
 		m.Flows,
+		m.FragmentScratch,
+		m.Fragments,
+		m.HeldCursor,
+		m.HeldFragments,
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,

@@ -24,6 +24,10 @@ const (
 	sweepMapEventBudget     = "event_budget"
 	sweepMapEvents          = "events"
 	sweepMapFlows           = "flows"
+	sweepMapFragmentScratch = "fragment_scratch"
+	sweepMapFragments       = "fragments"
+	sweepMapHeldCursor      = "held_cursor"
+	sweepMapHeldFragments   = "held_fragments"
 	sweepMapIpcache         = "ipcache"
 	sweepMapNodeAddrs       = "node_addrs"
 	sweepMapNodeState       = "node_state"
@@ -96,6 +100,10 @@ type sweepMapSpecs struct {
 	EventBudget     *ebpf.MapSpec `ebpf:"event_budget"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	FragmentScratch *ebpf.MapSpec `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.MapSpec `ebpf:"fragments"`
+	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
@@ -144,6 +152,10 @@ type sweepMaps struct {
 	EventBudget     *ebpf.Map `ebpf:"event_budget"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Flows           *ebpf.Map `ebpf:"flows"`
+	FragmentScratch *ebpf.Map `ebpf:"fragment_scratch"`
+	Fragments       *ebpf.Map `ebpf:"fragments"`
+	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
+	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
@@ -168,6 +180,10 @@ func (m *sweepMaps) Close() error {
 		m.EventBudget,
 		m.Events,
 		m.Flows,
+		m.FragmentScratch,
+		m.Fragments,
+		m.HeldCursor,
+		m.HeldFragments,
 		m.Ipcache,
 		m.NodeAddrs,
 		m.NodeState,

@@ -33,6 +33,7 @@ var notByOnePacket = map[string]string{
 	"no_source_port":       "TestMasquerade",
 	"no_egress_address":    "TestMasquerade",
 	"too_big":              "TestTooBig",
+	"fragment_lost":        "TestHeldFragmentIsLost",
 }
 
 // A mutation is a valid packet with one field changed, and what the drop must be called.
@@ -73,8 +74,15 @@ func malformed(v6 bool) []mutation {
 			{"extension header beyond the end", "truncated", func(p pkt.Packet) []byte {
 				return pkt.With(pkt.WithOptions(p.Bytes(), 0), pkt.L4v6+1, 20)
 			}},
-			{"fragment", "fragment", func(p pkt.Packet) []byte { return pkt.WithOptions(p.Bytes(), 44) }},
-			{"authentication header", "extension_header", func(p pkt.Packet) []byte { return pkt.WithOptions(p.Bytes(), 51) }},
+			{"first fragment without a whole TCP header", "fragment", tinyFirst},
+			{"encryption header", "extension_header", set(pkt.L3+6, 50)},
+			{"two fragment headers", "extension_header", func(p pkt.Packet) []byte {
+				first := pkt.Fragment(p.Bytes(), 1, 24)[0]
+				return pkt.WithOptions(first, 44)
+			}},
+			{"later fragment of an unknown protocol", "extension_header", func(p pkt.Packet) []byte {
+				return pkt.With(pkt.Fragment(p.Bytes(), 1, 8)[1], pkt.L4v6, 47)
+			}},
 			{"unknown protocol", "extension_header", set(pkt.L3+6, 47)},
 			{"ICMP over IPv6", "extension_header", set(pkt.L3+6, 1)},
 			{"no next header", "extension_header", set(pkt.L3+6, 59)},
@@ -100,8 +108,10 @@ func malformed(v6 bool) []mutation {
 		{"no whole TCP header", "truncated", cut(pkt.L4v4 + 19)},
 		{"GRE", "unknown_protocol", set(pkt.L3+9, 47)},
 		{"ICMPv6 over IPv4", "unknown_protocol", set(pkt.L3+9, 58)},
-		{"more fragments", "fragment", set(pkt.L3+6, 0x20)},
-		{"fragment offset", "fragment", set(pkt.L3+7, 1)},
+		{"first fragment without a whole TCP header", "fragment", tinyFirst},
+		{"later fragment of an unknown protocol", "unknown_protocol", func(p pkt.Packet) []byte {
+			return pkt.With(pkt.Fragment(p.Bytes(), 1, 8)[1], pkt.L3+9, 47)
+		}},
 		{"multicast", "multicast", change(func(p *pkt.Packet) { p.Dst = at(netip.MustParseAddr("224.0.0.251"), 5353) })},
 		{"broadcast", "multicast", change(func(p *pkt.Packet) { p.Dst = at(netip.MustParseAddr("255.255.255.255"), 67) })},
 		{"timestamp request", "icmp_type", icmp(13)},
@@ -109,6 +119,11 @@ func malformed(v6 bool) []mutation {
 		{"echo reply that nobody asked for", "no_flow", change(func(p *pkt.Packet) { p.Kind = pkt.Pong })},
 		{"error about a packet that nobody sent", "no_flow", func(p pkt.Packet) []byte { return p.Error(3, 3, p.Reply().Bytes()) }},
 	}...)
+}
+
+// tinyFirst is the packet's first fragment, which ends within the TCP header. A driver has padded it.
+func tinyFirst(p pkt.Packet) []byte {
+	return append(pkt.Fragment(p.Bytes(), 1, 16)[0], make([]byte, 64)...)
 }
 
 // icmp makes the packet an ICMP or ICMPv6 message of a type.

@@ -34,7 +34,10 @@ type Fixture struct {
 	A, B  *nodetest.Pod
 	Flows *ebpf.Map
 	// Flags are added to every run, for example ChecksumComplete.
-	Flags    uint32
+	Flags uint32
+	// Held and Cursor are the maps held_fragments and held_cursor, Fragments is that of the datagrams.
+	Held, Cursor, Fragments *ebpf.Map
+
 	counters *ebpf.Map
 	progs    map[string]*ebpf.Program
 }
@@ -54,8 +57,11 @@ func New(t testing.TB) *Fixture {
 		"service_backends": f.DP.Maps.ServiceBackends, "service_epochs": f.DP.Maps.ServiceEpochs, "policy": f.DP.Maps.Policy,
 		"node_state": f.DP.Maps.NodeState,
 		"flows":      newMap(t, "flows"), "counters": newMap(t, "counters"), "events": newMap(t, "events"),
+		"fragments": newMap(t, "fragments"), "held_fragments": newMap(t, "held_fragments"), "held_cursor": newMap(t, "held_cursor"),
+		"fragment_scratch": newMap(t, "fragment_scratch"),
 	}
 	f.Flows, f.counters = shared["flows"], shared["counters"]
+	f.Held, f.Cursor, f.Fragments = shared["held_fragments"], shared["held_cursor"], shared["fragments"]
 	specs, err := bpf.ProgramSpecs()
 	if err != nil {
 		t.Fatal(err)
