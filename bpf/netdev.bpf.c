@@ -2,8 +2,7 @@
 
 /* The two programs on each of the node's network devices. */
 
-#include "lib/established.h"
-#include "lib/refuse.h"
+#include "lib/icmp.h"
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
@@ -31,9 +30,9 @@ static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt 
 	if (p->kind != PKT_FLOW || is_overlay(p))
 		return TC_ACT_OK;
 	ret = handle_flow(skb, p);
-	if (ret != -DROP_SERVICE_NO_BACKEND)
+	if (!has_answer(ret))
 		return ret;
-	ret = refuse(skb, p);
+	ret = answer(skb, p, ret);
 	return ret ? ret : bpf_redirect(skb->ifindex, 0);
 }
 

@@ -218,9 +218,11 @@ struct ipv6_opt {
 struct ipv6_frag {
 	__u8 nexthdr;
 	__u8 reserved;
-	__be16 frag_off;
+	__be16 frag_off; /* upper 13 bits: offset */
 	__be32 id;
 };
+
+#define IP6_OFFSET 0xfff8
 
 struct tcphdr {
 	__be16 source;
@@ -251,7 +253,7 @@ struct icmphdr {
 	__u8 code;
 	__u16 checksum;
 	__be16 id; /* echo */
-	__be16 sequence;
+	__be16 sequence; /* echo; too big: the MTU, of ICMPv6 its lower half */
 };
 
 #define ICMP_ECHOREPLY 0
@@ -260,6 +262,7 @@ struct icmphdr {
 #define ICMP_TIME_EXCEEDED 11
 #define ICMP_PARAMETERPROB 12
 #define ICMP_PORT_UNREACH 3
+#define ICMP_FRAG_NEEDED 4
 
 #define ICMPV6_DEST_UNREACH 1
 #define ICMPV6_PKT_TOOBIG 2

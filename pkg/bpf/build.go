@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "3d2e2dce631be92e58b083eb"
+const build = "8e66e30aaa57c9a568671c89"
