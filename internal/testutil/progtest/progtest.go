@@ -34,7 +34,9 @@ type Fixture struct {
 	A, B  *nodetest.Pod
 	Flows *ebpf.Map
 	// Flags are added to every run, for example ChecksumComplete.
-	Flags    uint32
+	Flags uint32
+	// GSOSize makes every run's packet one that is to be cut into segments of so many bytes behind the transport header; 0: none.
+	GSOSize  uint32
 	counters *ebpf.Map
 	progs    map[string]*ebpf.Program
 }
@@ -127,6 +129,10 @@ type buff struct {
 	IngressIfindex uint32
 	Ifindex        uint32
 	_              [25]uint32
+	_              [4]uint32 // flow_keys, tstamp
+	_              [4]uint32 // wire_len, gso_segs, sk
+	GSOSize        uint32
+	_              [3]uint32
 }
 
 // Run runs the hook's program once on a frame.
@@ -146,7 +152,7 @@ func (f *Fixture) TryRun(t testing.TB, h Hook, frame []byte) (Result, error) {
 	before := f.Drops(t)
 	opts := &ebpf.RunOptions{
 		Data: frame, DataOut: make([]byte, len(frame)+256), Flags: f.Flags,
-		Context: buff{Ifindex: uint32(h.Ifindex), IngressIfindex: uint32(h.Ingress)},
+		Context: buff{Ifindex: uint32(h.Ifindex), IngressIfindex: uint32(h.Ingress), GSOSize: f.GSOSize},
 	}
 	var action uint32
 	var err error
