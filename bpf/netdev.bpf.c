@@ -2,8 +2,7 @@
 
 /* The two programs on each of the node's network devices. */
 
-#include "lib/established.h"
-#include "lib/refuse.h"
+#include "lib/icmp.h"
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
@@ -35,9 +34,9 @@ static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt 
 	else
 		return TC_ACT_OK;
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
-	if (ret != -DROP_SERVICE_NO_BACKEND || p->frag == FRAG_LATER)
+	if (!has_answer(ret) || p->frag == FRAG_LATER)
 		return ret;
-	ret = refuse(skb, p);
+	ret = answer(skb, p, ret);
 	return ret ? ret : bpf_redirect(skb->ifindex, 0);
 }
 

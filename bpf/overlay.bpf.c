@@ -2,16 +2,14 @@
 
 /* The two programs on the overlay device, a VXLAN device in collect-metadata mode: the outer header is skb metadata on both ways. */
 
-#include "lib/established.h"
-#include "lib/refuse.h"
+#include "lib/icmp.h"
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
-/* The answer to a refused client goes back through the node that forwarded its packet. */
-static __always_inline int refuse_forwarded(struct __sk_buff *skb, struct pkt *p)
+/* An answer on the spot goes back through the node that the packet came from. */
+static __always_inline int answer_node(struct __sk_buff *skb, struct pkt *p, int ret)
 {
-	int ret = refuse(skb, p);
-
+	ret = answer(skb, p, ret);
 	return ret ? ret : overlay_send(skb, p->in_node, p->vni, 0);
 }
 
@@ -40,8 +38,8 @@ static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt
 		ret = handle_flow(skb, p);
 	}
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
-	if (ret == -DROP_SERVICE_NO_BACKEND && p->in_node && p->frag != FRAG_LATER)
-		return refuse_forwarded(skb, p);
+	if (has_answer(ret) && p->in_node && p->frag != FRAG_LATER)
+		return answer_node(skb, p, ret);
 	/* The inner MACs mean nothing between nodes; the stack would take the frame for somebody else's. */
 	if (ret == TC_ACT_OK && skb->pkt_type != PACKET_HOST)
 		bpf_skb_change_type(skb, PACKET_HOST);

@@ -2,9 +2,8 @@
 
 /* The two programs on the host-side device of every pod. One copy serves all pods: what differs between them is in the maps. */
 
-#include "lib/established.h"
+#include "lib/icmp.h"
 #include "lib/neigh.h"
-#include "lib/refuse.h"
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
@@ -28,9 +27,9 @@ static __always_inline int handle_from_pod(struct __sk_buff *skb, struct pkt *p)
 		ret = handle_flow(skb, p);
 	}
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
-	if (ret != -DROP_SERVICE_NO_BACKEND || p->frag == FRAG_LATER)
+	if (!has_answer(ret) || p->frag == FRAG_LATER)
 		return ret;
-	ret = refuse(skb, p);
+	ret = answer(skb, p, ret);
 	return ret ? ret : bpf_redirect_peer(skb->ifindex, 0);
 }
 

@@ -256,7 +256,7 @@ struct icmphdr {
 	__u8 code;
 	__u16 checksum;
 	__be16 id; /* echo */
-	__be16 sequence;
+	__be16 sequence; /* echo; too big: the MTU, of ICMPv6 its lower half */
 };
 
 #define ICMP_ECHOREPLY 0
@@ -265,6 +265,7 @@ struct icmphdr {
 #define ICMP_TIME_EXCEEDED 11
 #define ICMP_PARAMETERPROB 12
 #define ICMP_PORT_UNREACH 3
+#define ICMP_FRAG_NEEDED 4
 
 #define ICMPV6_DEST_UNREACH 1
 #define ICMPV6_PKT_TOOBIG 2

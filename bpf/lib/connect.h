@@ -394,8 +394,8 @@ static __always_inline int not_ours(const struct pkt *p)
 
 /*
  * f is the entry that cannot be used as it is, or NULL. Returns a tc action, minus a drop reason, or 0 = TC_ACT_OK for a packet
- * that is none of Margay's business (from_netdev, from_overlay). A service without backends returns -DROP_SERVICE_NO_BACKEND: the hook
- * answers.
+ * that is none of Margay's business (from_netdev, from_overlay). For a service without backends, and a packet that is too big, the hook
+ * has an answer (has_answer).
  */
 __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
 {

@@ -5,6 +5,7 @@
 
 #include "nat.h"
 #include "overlay.h"
+#include "toobig.h"
 
 static __always_inline int mac_rewrite(struct __sk_buff *skb, const struct flow *f)
 {
@@ -54,7 +55,8 @@ static __always_inline int to_pod_device(struct __sk_buff *skb, const struct flo
 
 /*
  * The last step of every packet that is allowed: translation, then the way on. A packet without hops left goes to the stack as
- * it is, which answers with "time exceeded" and drops it; at to_pod the stack has taken the hop already.
+ * it is, which answers with "time exceeded" and drops it; at to_pod the stack has taken the hop already. One that does not fit the
+ * way returns -DROP_TOO_BIG, untouched: the hook answers.
  */
 static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
 {
@@ -62,7 +64,13 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 
 	if (f->action != FLOW_TO_STACK && p->hook != HOOK_TO_POD && p->ttl <= 1)
 		return TC_ACT_OK;
-	if (f->flags & FLOW_NAT) {
+	if (f->mtu && p->kind != PKT_ICMP_ERROR && pkt_exceeds(skb, p, f->mtu)) {
+		p->mtu = f->mtu;
+		p->in_node = f->in_node;
+		return -DROP_TOO_BIG;
+	}
+	/* An ICMP error is translated already (icmp.h). */
+	if ((f->flags & FLOW_NAT) && p->kind != PKT_ICMP_ERROR) {
 		ret = nat_rewrite(skb, p, &f->xlate, f->csum_diff);
 		if (ret)
 			return ret;

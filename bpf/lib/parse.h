@@ -2,8 +2,8 @@
 #pragma once
 
 /*
- * Ethernet, IPv4 and IPv6, TCP, UDP, SCTP, ICMP and ICMPv6 → struct pkt. The only place besides nat.h, neigh.h and refuse.h that
- * knows the address families. Returns 0 or minus a drop reason.
+ * Ethernet, IPv4 and IPv6, TCP, UDP, SCTP, ICMP and ICMPv6 → struct pkt. The only place besides nat.h, neigh.h, icmp.h, refuse.h and
+ * toobig.h that knows the address families. Returns 0 or minus a drop reason.
  */
 
 #include "pkt.h"
@@ -54,6 +54,29 @@ static __always_inline int parse_ports(struct __sk_buff *skb, __u32 off, struct 
 	return -DROP_UNKNOWN_PROTOCOL;
 }
 
+/* Steps over the quoted packet's extension headers. A first fragment is whole as far as it is quoted. */
+static __always_inline int skip_quoted_headers(struct __sk_buff *skb, struct pkt *p)
+{
+	struct ipv6_frag *opt;
+
+	for (int i = 0; i < MAX_EXT_HEADERS; i++) {
+		if (p->key.proto != IPPROTO_HOPOPTS && p->key.proto != IPPROTO_ROUTING && p->key.proto != IPPROTO_DSTOPTS &&
+		    p->key.proto != IPPROTO_FRAGMENT)
+			return 0;
+		opt = pkt_at(skb, p->quote_l4_off, sizeof(*opt));
+		if (!opt)
+			return -DROP_TRUNCATED;
+		if (p->key.proto != IPPROTO_FRAGMENT)
+			p->quote_l4_off += (((struct ipv6_opt *)opt)->hdrlen + 1) * 8;
+		else if (opt->frag_off & bpf_htons(IP6_OFFSET))
+			return -DROP_FRAGMENT;
+		else
+			p->quote_l4_off += sizeof(*opt);
+		p->key.proto = opt->nexthdr;
+	}
+	return -DROP_EXTENSION_HEADER;
+}
+
 /* The packet that an ICMP error is about. Its source is the error's receiver; p->key becomes the key of what it sent. */
 __noinline int parse_icmp_error(struct __sk_buff *skb, struct pkt *p)
 {
@@ -61,6 +84,7 @@ __noinline int parse_icmp_error(struct __sk_buff *skb, struct pkt *p)
 	struct ipv6hdr *ip6;
 	struct addr receiver;
 	__u32 off;
+	int ret;
 
 	if (!p)
 		return -DROP_TRUNCATED;
@@ -72,10 +96,12 @@ __noinline int parse_icmp_error(struct __sk_buff *skb, struct pkt *p)
 			return -DROP_TRUNCATED;
 		if (ip4->frag_off & bpf_htons(IP_OFFSET))
 			return -DROP_FRAGMENT;
+		if ((ip4->version_ihl & 0xf) * 4 < sizeof(*ip4))
+			return -DROP_TRUNCATED;
 		addr_set_v4(&p->key.src, ip4->saddr);
 		addr_set_v4(&p->key.dst, ip4->daddr);
 		p->key.proto = ip4->protocol;
-		off += (ip4->version_ihl & 0xf) * 4;
+		p->quote_l4_off = off + (ip4->version_ihl & 0xf) * 4;
 	} else {
 		ip6 = pkt_at(skb, off, sizeof(*ip6));
 		if (!ip6)
@@ -83,13 +109,16 @@ __noinline int parse_icmp_error(struct __sk_buff *skb, struct pkt *p)
 		addr_set_v6(&p->key.src, ip6->saddr);
 		addr_set_v6(&p->key.dst, ip6->daddr);
 		p->key.proto = ip6->nexthdr;
-		off += sizeof(*ip6);
+		p->quote_l4_off = off + sizeof(*ip6);
+		ret = skip_quoted_headers(skb, p);
+		if (ret)
+			return ret;
 	}
 	p->kind = PKT_ICMP_ERROR;
 	/* Else it would travel with a flow that its receiver has no part in. */
 	if (!addr_equal(&p->key.src, &receiver))
 		return -DROP_NO_FLOW;
-	return parse_ports(skb, off, &p->key);
+	return parse_ports(skb, p->quote_l4_off, &p->key);
 }
 
 static __always_inline int parse_icmp(struct __sk_buff *skb, struct pkt *p)

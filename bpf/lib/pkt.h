@@ -21,7 +21,9 @@ struct pkt {
 	__u8 kind;	      /* enum pkt_kind */
 	__u8 ttl;
 	struct addr outer;    /* from_overlay: address that encapsulated it */
-	__u16 in_node;	      /* from_overlay, slow path: node of that address; 0: none */
+	__u16 in_node;	      /* from_overlay, slow path and DROP_TOO_BIG: node of that address; 0: none */
+	__u16 quote_l4_off;   /* PKT_ICMP_ERROR: transport header of the packet it is about, from the Ethernet header */
+	__u16 mtu;	      /* with DROP_TOO_BIG: what would fit, bytes from the IP header */
 	__u8 vni;	      /* from_overlay: enum overlay_vni */
 	__u8 frag;	      /* enum pkt_frag */
 	__be32 frag_id;

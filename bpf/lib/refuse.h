@@ -3,7 +3,7 @@
 
 /*
  * "Connection refused" for a service without endpoints (contract row V8): a TCP reset, or ICMP port unreachable. The client's packet
- * is turned into the answer, in place, and sent back through the device that it came from.
+ * is turned into the answer, in place, and sent back through the device that it came from (answer in toobig.h).
  */
 
 #include "drop.h"
@@ -179,24 +179,10 @@ __noinline int refuse_ipv6(struct __sk_buff *skb, struct pkt *p)
 	return 0;
 }
 
-/* Answers the packet. Returns 0 when it has become the answer, with its MACs exchanged: the hook sends it back. */
+/* Turns the packet into the answer, but for its MACs. */
 static __always_inline int refuse(struct __sk_buff *skb, struct pkt *p)
 {
-	struct ethhdr *eth;
-	int ret;
-
 	if (p->key.proto == IPPROTO_TCP)
-		ret = refuse_tcp(skb, p);
-	else if (p->l3_proto == ETH_P_IP)
-		ret = refuse_ipv4(skb, p);
-	else
-		ret = refuse_ipv6(skb, p);
-	if (ret)
-		return ret;
-	eth = pkt_at(skb, 0, sizeof(*eth));
-	if (!eth)
-		return -DROP_TRUNCATED;
-	swap_macs(eth);
-	note_drop(skb, p, DROP_SERVICE_NO_BACKEND);
-	return 0;
+		return refuse_tcp(skb, p);
+	return p->l3_proto == ETH_P_IP ? refuse_ipv4(skb, p) : refuse_ipv6(skb, p);
 }

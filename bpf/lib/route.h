@@ -22,6 +22,12 @@ static __always_inline void fib_addrs(struct bpf_fib_lookup *fib, const struct a
 	}
 }
 
+/* The route leads out of a device. The packet at hand may be too large for it: forward compares every one with the entry's MTU. */
+static __always_inline int fib_leads_out(long ret)
+{
+	return ret == BPF_FIB_LKUP_RET_SUCCESS || ret == BPF_FIB_LKUP_RET_NO_NEIGH || ret == BPF_FIB_LKUP_RET_FRAG_NEEDED;
+}
+
 /* The device towards an address outside this node's pods, by the kernel's routes. */
 static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *nf)
 {
@@ -30,7 +36,7 @@ static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *
 
 	fib_addrs(&fib, &nf->post.src, &nf->post.dst);
 	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-	if (ret == BPF_FIB_LKUP_RET_SUCCESS || ret == BPF_FIB_LKUP_RET_NO_NEIGH) {
+	if (fib_leads_out(ret)) {
 		nf->action[FORWARD] = FLOW_TO_NETDEV;
 		nf->out_ifindex[FORWARD] = fib.ifindex;
 		return 0;
@@ -40,9 +46,6 @@ static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *
 		nf->action[FORWARD] = FLOW_TO_STACK;
 		return 0;
 	}
-	/* Too large for the way: the stack says so to the sender. A translated packet would be quoted with the wrong address. */
-	if (ret == BPF_FIB_LKUP_RET_FRAG_NEEDED && !(nf->flags & FLOW_SERVICE))
-		return 1;
 	return -DROP_NO_ROUTE;
 }
 
@@ -104,7 +107,7 @@ static __always_inline int way_to_client(struct __sk_buff *skb, struct new_flow 
 
 	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
 	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-	if (ret != BPF_FIB_LKUP_RET_SUCCESS && ret != BPF_FIB_LKUP_RET_NO_NEIGH)
+	if (!fib_leads_out(ret))
 		return -DROP_NO_ROUTE;
 	nf->action[REPLY] = FLOW_TO_NETDEV;
 	nf->out_ifindex[REPLY] = fib.ifindex;
@@ -136,6 +139,22 @@ static __always_inline int choose_reply(struct __sk_buff *skb, struct new_flow *
 	return 0;
 }
 
+/*
+ * The MTU of the devices that the flow leaves this node by. Not that of a route: where a hop behind the device takes less, that hop
+ * says so, and its error reaches the sender. A changed MTU comes with a new route epoch.
+ */
+static __always_inline void note_mtu(struct __sk_buff *skb, struct new_flow *nf)
+{
+	__u32 mtu;
+
+	for (int i = FORWARD; i <= REPLY; i++) {
+		if (nf->action[i] != FLOW_TO_NETDEV)
+			continue;
+		mtu = 1; /* in: a length that the helper compares; out: the device's MTU */
+		nf->mtu[i] = bpf_check_mtu(skb, nf->out_ifindex[i], &mtu, 0, 0) < 0 || mtu > 0xffff ? 0 : mtu;
+	}
+}
+
 /* Both ways. 1: the packet is the host's; minus a drop reason: there is none. */
 static __always_inline int choose_ways(struct __sk_buff *skb, struct new_flow *nf)
 {
@@ -145,5 +164,8 @@ static __always_inline int choose_ways(struct __sk_buff *skb, struct new_flow *n
 		return ret;
 	/* The answers come from where the opener's packets go. */
 	nf->in_node[REPLY] = nf->in_node[REPLY] ? nf->in_node[REPLY] : nf->out_node[FORWARD];
-	return choose_reply(skb, nf);
+	ret = choose_reply(skb, nf);
+	if (!ret)
+		note_mtu(skb, nf);
+	return ret;
 }

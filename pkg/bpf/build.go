@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "1baa541ee1155775e6c2d3bf"
+const build = "8dc0aaebf7ac965f99b8f68c"

@@ -131,6 +131,8 @@ func TestRow23_BridgeInsideThePod(t *testing.T) {
 			wantNoError(t, "route", netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: all, Gw: gw, Flags: int(netlink.FLAG_ONLINK)}))
 		}
 	})
+	// The bridge forwards only after it has seen its ports' carrier.
+	b.NS.Do(func() { nodetest.Await(t, a.Addrs...) })
 	nodetest.Serve(t, vm, "machine", 8080)
 	nodetest.Serve(t, b.NS, "b", 8080)
 	families(t, func(t *testing.T, v6 bool) {

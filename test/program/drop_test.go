@@ -32,7 +32,7 @@ var notByOnePacket = map[string]string{
 	"not_encapsulated":     "TestNotEncapsulated",
 	"no_source_port":       "TestMasquerade",
 	"no_egress_address":    "TestMasquerade",
-	"too_big":              "TestTooBig",
+	"too_big":              "TestRow12_TooBig",
 	"fragment_lost":        "TestHeldFragmentIsLost",
 }
 

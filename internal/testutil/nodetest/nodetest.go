@@ -169,12 +169,26 @@ func (n *Node) addClient(client *netnstest.NS, device string) {
 // resolve waits until neighbour discovery towards a works: both ends' addresses become usable only some time after they were added.
 func (n *Node) resolve(a netip.Addr) {
 	n.t.Helper()
-	for range 20 {
-		if exec.Command("ping", "-n", "-c1", "-W1", a.String()).Run() == nil {
-			return
+	Await(n.t, a)
+}
+
+// Await waits, in the calling thread's namespace, until each of the addresses answers a ping, and fails the test after 20 seconds.
+func Await(t testing.TB, addrs ...netip.Addr) {
+	t.Helper()
+	for _, a := range addrs {
+		if !answers(a) {
+			t.Fatalf("no answer from %s", a)
 		}
 	}
-	n.t.Fatalf("no answer from %s on the node's own network", a)
+}
+
+func answers(a netip.Addr) bool {
+	for range 20 {
+		if exec.Command("ping", "-n", "-c1", "-W1", a.String()).Run() == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // up configures a device in the calling thread's namespace and returns its index.

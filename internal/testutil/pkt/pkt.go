@@ -180,14 +180,26 @@ func (p Packet) Reply() Packet {
 
 // Error returns an ICMP or ICMPv6 error about the packet in quoted, which is quoted from its IP header on. p gives MACs, addresses and TTL.
 func (p Packet) Error(typ, code uint8, quoted []byte) []byte {
+	return p.errorWithMTU(typ, code, 0, quoted)
+}
+
+// TooBig returns the error "fragmentation needed" or "packet too big", with the largest length that fits, from the IP header.
+func (p Packet) TooBig(mtu uint16, quoted []byte) []byte {
+	if p.V6() {
+		return p.errorWithMTU(layers.ICMPv6TypePacketTooBig, 0, mtu, quoted)
+	}
+	return p.errorWithMTU(layers.ICMPv4TypeDestinationUnreachable, layers.ICMPv4CodeFragmentationNeeded, mtu, quoted)
+}
+
+func (p Packet) errorWithMTU(typ, code uint8, mtu uint16, quoted []byte) []byte {
 	if p.V6() {
 		eth, ip, network := p.headers(layers.IPProtocolICMPv6)
 		l := &layers.ICMPv6{TypeCode: layers.CreateICMPv6TypeCode(typ, code)}
 		check(l.SetNetworkLayerForChecksum(network))
-		return serialize(eth, ip, l, gopacket.Payload(append(make([]byte, 4), quoted[L3:]...)))
+		return serialize(eth, ip, l, gopacket.Payload(append(binary.BigEndian.AppendUint32(nil, uint32(mtu)), quoted[L3:]...)))
 	}
 	eth, ip, _ := p.headers(layers.IPProtocolICMPv4)
-	return serialize(eth, ip, &layers.ICMPv4{TypeCode: layers.CreateICMPv4TypeCode(typ, code)}, gopacket.Payload(quoted[L3:]))
+	return serialize(eth, ip, &layers.ICMPv4{TypeCode: layers.CreateICMPv4TypeCode(typ, code), Seq: mtu}, gopacket.Payload(quoted[L3:]))
 }
 
 // WithOptions returns the frame with one header more between IP and what it carries: IPv4 options, or an IPv6 extension header of type

@@ -13,43 +13,81 @@ import (
 	"github.com/gopacket/gopacket/layers"
 )
 
-// VerifyChecksums recomputes every internet checksum of a frame (RFC 1071), from its bytes alone. SCTP's is
-// another kind and is not looked at, nor is that of a fragmented datagram, which covers what the frame does not have.
+// VerifyChecksums recomputes every internet checksum of a frame (RFC 1071), from its bytes alone: those of the packet that an ICMP error
+// quotes, too, as far as the quote has all that they cover. SCTP's is another kind and is not looked at, nor is that of a fragmented
+// datagram, which covers what the frame does not have.
 func VerifyChecksums(frame []byte) error {
 	if len(frame) < L3 {
 		return errors.New("no Ethernet header")
 	}
-	l3 := frame[L3:]
 	switch layers.EthernetType(binary.BigEndian.Uint16(frame[12:])) {
 	case layers.EthernetTypeIPv4:
-		if len(l3) < 20 {
-			return errors.New("IPv4: no whole header")
-		}
-		header, total := int(l3[0]&0xf)*4, int(binary.BigEndian.Uint16(l3[2:]))
-		if header < 20 || total < header || len(l3) < total {
-			return errors.New("IPv4: header and total length do not fit the frame")
-		}
-		if sum(0, l3[:header]) != 0xffff {
-			return fmt.Errorf("IPv4: header checksum %#04x is wrong", binary.BigEndian.Uint16(l3[10:]))
-		}
-		if binary.BigEndian.Uint16(l3[6:])&0x3fff != 0 {
-			return nil
-		}
-		return verifyL4(l3[9], l3[12:20], l3[header:total])
+		return verifyIPv4(frame[L3:])
 	case layers.EthernetTypeIPv6:
-		if len(l3) < 40 || len(l3) < 40+int(binary.BigEndian.Uint16(l3[4:])) {
-			return errors.New("IPv6: payload length does not fit the frame")
-		}
-		proto, l4 := l3[6], l3[40:40+int(binary.BigEndian.Uint16(l3[4:]))]
-		for proto == 0 || proto == 60 { // hop-by-hop and destination options
-			if len(l4) < 8 || len(l4) < int(l4[1])*8+8 {
-				return errors.New("IPv6: extension header does not fit the packet")
-			}
-			proto, l4 = l4[0], l4[int(l4[1])*8+8:]
-		}
-		return verifyL4(proto, l3[8:40], l4)
+		return verifyIPv6(frame[L3:])
 	}
 	return nil
+}
+
+func verifyIPv4(l3 []byte) error {
+	if len(l3) < 20 {
+		return errors.New("IPv4: no whole header")
+	}
+	header, total := int(l3[0]&0xf)*4, int(binary.BigEndian.Uint16(l3[2:]))
+	if header < 20 || total < header || len(l3) < total {
+		return errors.New("IPv4: header and total length do not fit the frame")
+	}
+	if sum(0, l3[:header]) != 0xffff {
+		return fmt.Errorf("IPv4: header checksum %#04x is wrong", binary.BigEndian.Uint16(l3[10:]))
+	}
+	if binary.BigEndian.Uint16(l3[6:])&0x3fff != 0 {
+		return nil
+	}
+	return verifyL4(l3[9], l3[12:20], l3[header:total])
+}
+
+func verifyIPv6(l3 []byte) error {
+	if len(l3) < 40 || len(l3) < 40+int(binary.BigEndian.Uint16(l3[4:])) {
+		return errors.New("IPv6: payload length does not fit the frame")
+	}
+	proto, l4 := l3[6], l3[40:40+int(binary.BigEndian.Uint16(l3[4:]))]
+	for proto == 0 || proto == 60 { // hop-by-hop and destination options
+		if len(l4) < 8 || len(l4) < int(l4[1])*8+8 {
+			return errors.New("IPv6: extension header does not fit the packet")
+		}
+		proto, l4 = l4[0], l4[int(l4[1])*8+8:]
+	}
+	return verifyL4(proto, l3[8:40], l4)
+}
+
+// verifyQuote verifies what an ICMP error quotes. Of a quote that ends early only the IPv4 header can be verified, of one that is odd
+// nothing.
+func verifyQuote(v6 bool, quoted []byte) error {
+	if v6 {
+		if len(quoted) < 40 || quoted[0]>>4 != 6 || len(quoted) < 40+int(binary.BigEndian.Uint16(quoted[4:])) {
+			return nil
+		}
+		return verifyIPv6(quoted)
+	}
+	if len(quoted) < 20 || quoted[0]>>4 != 4 || quoted[0]&0xf < 5 || len(quoted) < int(quoted[0]&0xf)*4 {
+		return nil
+	}
+	header, total := int(quoted[0]&0xf)*4, int(binary.BigEndian.Uint16(quoted[2:]))
+	if fragment := binary.BigEndian.Uint16(quoted[6:])&0x3fff != 0; fragment || total < header || len(quoted) < total {
+		if sum(0, quoted[:header]) != 0xffff {
+			return fmt.Errorf("IPv4: header checksum %#04x is wrong", binary.BigEndian.Uint16(quoted[10:]))
+		}
+		return nil
+	}
+	return verifyIPv4(quoted)
+}
+
+// isError tells whether an ICMP or ICMPv6 message quotes a packet.
+func isError(proto layers.IPProtocol, typ uint8) bool {
+	if proto == layers.IPProtocolICMPv6 {
+		return typ >= layers.ICMPv6TypeDestinationUnreachable && typ <= layers.ICMPv6TypeParameterProblem
+	}
+	return typ == layers.ICMPv4TypeDestinationUnreachable || typ == layers.ICMPv4TypeTimeExceeded || typ == layers.ICMPv4TypeParameterProblem
 }
 
 func verifyL4(proto uint8, addrs, l4 []byte) error {
@@ -73,6 +111,12 @@ func verifyL4(proto uint8, addrs, l4 []byte) error {
 	}
 	if sum(uint32(pseudo), l4) != 0xffff {
 		return fmt.Errorf("%s: checksum is wrong", layers.IPProtocol(proto))
+	}
+	icmp := proto == uint8(layers.IPProtocolICMPv4) || proto == uint8(layers.IPProtocolICMPv6)
+	if icmp && isError(layers.IPProtocol(proto), l4[0]) {
+		if err := verifyQuote(proto == uint8(layers.IPProtocolICMPv6), l4[8:]); err != nil {
+			return fmt.Errorf("quoted packet: %w", err)
+		}
 	}
 	return nil
 }

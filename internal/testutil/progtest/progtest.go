@@ -38,6 +38,8 @@ type Fixture struct {
 	// Held and Cursor are the maps held_fragments and held_cursor, Fragments is that of the datagrams.
 	Held, Cursor, Fragments *ebpf.Map
 
+	// GSOSize makes every run's packet one that is to be cut into segments of so many bytes behind the transport header; 0: none.
+	GSOSize  uint32
 	counters *ebpf.Map
 	progs    map[string]*ebpf.Program
 }
@@ -133,6 +135,10 @@ type buff struct {
 	IngressIfindex uint32
 	Ifindex        uint32
 	_              [25]uint32
+	_              [4]uint32 // flow_keys, tstamp
+	_              [4]uint32 // wire_len, gso_segs, sk
+	GSOSize        uint32
+	_              [3]uint32
 }
 
 // Run runs the hook's program once on a frame.
@@ -152,7 +158,7 @@ func (f *Fixture) TryRun(t testing.TB, h Hook, frame []byte) (Result, error) {
 	before := f.Drops(t)
 	opts := &ebpf.RunOptions{
 		Data: frame, DataOut: make([]byte, len(frame)+256), Flags: f.Flags,
-		Context: buff{Ifindex: uint32(h.Ifindex), IngressIfindex: uint32(h.Ingress)},
+		Context: buff{Ifindex: uint32(h.Ifindex), IngressIfindex: uint32(h.Ingress), GSOSize: f.GSOSize},
 	}
 	var action uint32
 	var err error
