@@ -47,7 +47,7 @@ type options struct {
 	version   bool
 	reach     agent.Reach
 	// serviceReturn is how answers to clients outside travel that another node forwarded.
-	serviceReturn string
+	serviceReturn state.ServiceReturn
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
@@ -140,7 +140,7 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		Sweep:          d,
 		Devices:        devices,
 		Reach:          o.reach,
-		ServiceReturn:  state.ServiceReturn(o.serviceReturn),
+		ServiceReturn:  o.serviceReturn,
 		VerdictEvents:  o.verdicts,
 		Resync:         o.resync,
 		Log:            log,

@@ -110,16 +110,13 @@ func TestAnotherNodeComesChangesAndGoes(t *testing.T) {
 			t.Errorf("routes[%s] = %+v, want %+v", prefix, got, want)
 		}
 	}
+	eventually(t, "masquerade", func() bool { return nodeState(t, n).Flags == bpf.NodeMasquerade })
 	if v := nodeEntry(t, n, 1); v.Addr.Netip() != nodetest.ClientAddrs[0] || v.Local.Netip() != nodetest.NodeAddrs[0] || v.Mtu != 1450 {
 		t.Errorf("nodes[1] = %+v, want the tunnel to %s", v, nodetest.ClientAddrs[0])
 	}
-	if nodeState(t, n).Flags != bpf.NodeMasquerade {
-		t.Errorf("node_state = %+v, want masquerade alone", nodeState(t, n))
-	}
-	devices := p.status().Last.Devices
-	if !slices.ContainsFunc(devices, func(d agent.DeviceStatus) bool { return d.Ifindex == made.Index && d.Reason == "overlay" }) {
-		t.Errorf("devices = %+v, want the overlay device among them, and never as a NIC", devices)
-	}
+	eventually(t, "the overlay device in the status, and not as a NIC", func() bool {
+		return slices.ContainsFunc(p.status().Last.Devices, func(d agent.DeviceStatus) bool { return d.Ifindex == made.Index && d.Reason == "overlay" })
+	})
 
 	// Somebody removes the device: it is made anew, and everything that names it follows.
 	n.NS.Do(func() {
@@ -234,12 +231,12 @@ func TestReachFlags(t *testing.T) {
 	}
 	r := o.reach
 	if r.Mode != node.Auto || r.VXLANPort != 4789 || r.VXLANVNI != 7 || r.VXLANDevice != "vx0" || r.Masquerade || len(r.NonMasquerade) != 2 ||
-		len(r.Egress) != 2 || r.Egress[1].Device != "eth1" || o.serviceReturn != string(state.ReturnDSR) {
+		len(r.Egress) != 2 || r.Egress[1].Device != "eth1" || o.serviceReturn != state.ReturnDSR {
 		t.Errorf("options = %+v, want what the flags say", o)
 	}
 	for _, wrong := range [][]string{
 		{"--routing-mode", "bgp"}, {"--vxlan-port", "0"}, {"--vxlan-port", "65536"}, {"--vxlan-vni", "16777216"},
-		{"--non-masquerade-cidrs", "10.0.0.1"}, {"--egress-address", "eth0"},
+		{"--non-masquerade-cidrs", "10.0.0.1"}, {"--egress-address", "eth0"}, {"--service-return", "there"},
 	} {
 		if _, err := parse(append(slices.Clone(least), wrong...), io.Discard); err == nil {
 			t.Errorf("parse(%q) succeeds, want an error", wrong)

@@ -46,8 +46,14 @@ func reachFlags(f *flag.FlagSet, o *options) {
 		}
 		return err
 	})
-	f.StringVar(&o.serviceReturn, "service-return", string(state.ReturnTunnel),
-		"tunnel or dsr: answers to clients that another node forwarded go back through it, or straight to the client")
+	o.serviceReturn = state.ReturnTunnel
+	f.Func("service-return", "how answers to clients that another node forwarded go back: tunnel, through it, or dsr, straight to the client (default tunnel)",
+		func(s string) error {
+			if o.serviceReturn = state.ServiceReturn(s); !o.serviceReturn.Known() {
+				return errors.New("want tunnel or dsr")
+			}
+			return nil
+		})
 }
 
 // number adds a flag for a positive number of so many bits.

@@ -153,13 +153,14 @@ func (w *nodeWatcher) attachOverlay(index int, name string, verify bool) (change
 	}
 	missing := w.attach.OverlayAttached(index)
 	if missing != nil {
+		there := present(index)
 		if err := w.attach.AttachOverlay(index); err != nil {
 			w.failOverlay(err)
 			return true
 		}
 		if w.overlay == index {
 			w.log.Warn("programs of the overlay device were removed by somebody and are attached again", "ifName", name, "err", missing,
-				"present", present(index))
+				"present", there)
 		} else {
 			w.log.Info("from_overlay and to_overlay attached", "ifName", name)
 		}
