@@ -3,12 +3,16 @@
 package agent
 
 import (
+	"fmt"
 	"net/netip"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/link"
 )
 
 func TestChoose(t *testing.T) {
@@ -57,5 +61,56 @@ func TestFacts(t *testing.T) {
 	}
 	if diff := cmp.Diff([]DeviceStatus{{Name: "eth0", Ifindex: 2, Reason: "global address"}}, chosen); diff != "" {
 		t.Errorf("devices (-want +got):\n%s", diff)
+	}
+}
+
+func TestFingerprintKnowsMTUs(t *testing.T) {
+	of := func(name string, mtu int, protocol netlink.RouteProtocol) string {
+		d := &device{index: 2, name: name, mtu: mtu}
+		s := &survey{nodeRoutes: map[link.NodeRoute]bool{}}
+		s.addRoute(netlink.Route{LinkIndex: 2, Family: unix.AF_INET, Protocol: protocol}, map[int]*device{2: d})
+		return s.fingerprint()
+	}
+	if of("eth0", 1500, 3) == of("eth0", 1400, 3) {
+		t.Errorf("fingerprint does not change with the MTU of a device that a route leads to")
+	}
+	if of("mgy1", 1500, 3) != of("mgy1", 1400, 3) || of("veth1", 1500, link.RouteProtocol) != of("veth1", 1400, link.RouteProtocol) {
+		t.Errorf("fingerprint changes with the MTU of a pod")
+	}
+	if of("eth0", 1500, link.NodeRouteProtocol) == (&survey{}).fingerprint() {
+		t.Errorf("fingerprint does not know a route to another node")
+	}
+}
+
+func TestUsableAddresses(t *testing.T) {
+	d := &device{}
+	for _, a := range []struct {
+		prefix string
+		flags  int
+	}{
+		{"192.0.2.1/24", unix.IFA_F_PERMANENT}, {"192.0.2.2/24", unix.IFA_F_SECONDARY},
+		{"2001:db8::1/64", unix.IFA_F_TEMPORARY}, {"2001:db8::2/64", unix.IFA_F_DEPRECATED}, {"2001:db8::3/64", unix.IFA_F_TENTATIVE},
+		{"2001:db8::4/64", unix.IFA_F_DADFAILED}, {"2001:db8::5/64", unix.IFA_F_PERMANENT},
+	} {
+		n, err := netlink.ParseIPNet(a.prefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.addAddress(netip.MustParsePrefix(a.prefix).Addr(), netlink.Addr{IPNet: n, Flags: a.flags})
+	}
+	if got, want := fmt.Sprint(d.usable), "[192.0.2.1 192.0.2.2 2001:db8::5]"; got != want {
+		t.Errorf("usable addresses = %s, want %s", got, want)
+	}
+	if got := fmt.Sprint(d.networks[:1], len(d.networks), len(d.addrs)); got != "[192.0.2.1/24] 7 7" {
+		t.Errorf("networks = %v, want all seven with their lengths", d.networks)
+	}
+}
+
+func TestOverlayIsNoDeviceOfTheNode(t *testing.T) {
+	d := device{index: 9, name: "margay.vxlan", kind: "vxlan", ethernet: true, overlay: true, addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}
+	for _, c := range []chooser{{}, {patterns: []string{"*"}}} {
+		if got := c.choose(d); got != "" {
+			t.Errorf("chooser%+v.choose(overlay) = %q, want it never chosen", c, got)
+		}
 	}
 }
