@@ -115,7 +115,8 @@ func TestAnotherNodeComesChangesAndGoes(t *testing.T) {
 		t.Errorf("nodes[1] = %+v, want the tunnel to %s", v, nodetest.ClientAddrs[0])
 	}
 	eventually(t, "the overlay device in the status, and not as a NIC", func() bool {
-		return slices.ContainsFunc(p.status().Last.Devices, func(d agent.DeviceStatus) bool { return d.Ifindex == made.Index && d.Reason == "overlay" })
+		last := p.status().Last
+		return last.Overlay != nil && last.Overlay.Ifindex == made.Index && len(last.Devices) == 1
 	})
 
 	// Somebody removes the device: it is made anew, and everything that names it follows.

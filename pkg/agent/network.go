@@ -227,16 +227,16 @@ func (w *nodeWatcher) followMTU(s *survey) (changed bool) {
 }
 
 // overlayStatus is the overlay device as the status shows it.
-func (w *nodeWatcher) overlayStatus(s *survey) []DeviceStatus {
+func (w *nodeWatcher) overlayStatus(s *survey) *DeviceStatus {
 	d := s.overlay()
 	if d == nil {
 		return nil
 	}
-	status := DeviceStatus{Name: d.name, Ifindex: d.index, Reason: "overlay"}
+	status := &DeviceStatus{Name: d.name, Ifindex: d.index, Reason: "other nodes"}
 	if w.overlayErr != nil {
 		status.Error = w.overlayErr.Error()
 	}
-	return []DeviceStatus{status}
+	return status
 }
 
 // networkProblems are what keeps the network from being as wanted, for the status.

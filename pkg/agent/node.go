@@ -25,6 +25,8 @@ type nodeFacts struct {
 	machine node.Machine
 	// overlay is the ifindex of the overlay device with our programs on it, 0 if there is none.
 	overlay int
+	// overlayDevice shows the overlay device, whatever its state; nil if there is none.
+	overlayDevice *DeviceStatus
 	// problems are what keeps devices and kernel routes from being as wanted.
 	problems []string
 }
@@ -191,7 +193,7 @@ func (p *pipeline) applyNode() {
 	if p.facts == nil {
 		return
 	}
-	p.round.Devices = p.facts.devices
+	p.round.Devices, p.round.Overlay = p.facts.devices, p.facts.overlayDevice
 	hold := p.compileNodes()
 	l := p.planNodes(hold)
 	if !l.empty() {

@@ -178,8 +178,8 @@ func (w *nodeWatcher) survey(verify bool) bool {
 		}
 	}
 	facts := nodeFacts{
-		addrs: addrs, routes: s.fingerprint(), devices: append(chosen, w.overlayStatus(s)...), machine: machine, overlay: w.overlay,
-		problems: w.networkProblems(),
+		addrs: addrs, routes: s.fingerprint(), devices: chosen, machine: machine, overlay: w.overlay,
+		overlayDevice: w.overlayStatus(s), problems: w.networkProblems(),
 	}
 	if !reflect.DeepEqual(facts, w.last) {
 		w.last = facts

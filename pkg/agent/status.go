@@ -36,8 +36,10 @@ type Round struct {
 	Maps []MapStatus `json:"maps"`
 	// Counts of what is in force.
 	Counts Counts `json:"counts"`
-	// Devices are the network devices of the node that carry from_netdev and to_netdev, and the overlay device.
+	// Devices are the network devices of the node that carry from_netdev and to_netdev.
 	Devices []DeviceStatus `json:"devices"`
+	// Overlay is the overlay device, absent where there is none.
+	Overlay *DeviceStatus `json:"overlay,omitempty"`
 }
 
 // Raised counts epochs.
@@ -68,7 +70,7 @@ type Counts struct {
 	Nodes      int `json:"nodes"`
 }
 
-// DeviceStatus is a network device of the node.
+// DeviceStatus is a network device of the node, or the overlay device.
 type DeviceStatus struct {
 	Name    string `json:"name"`
 	Ifindex int    `json:"ifindex"`
