@@ -23,6 +23,7 @@ func TestAgentStatusContract(t *testing.T) {
 			Problems: []string{"a problem"},
 			Faults:   []agent.Fault{{Map: "services", Error: "no space", Cure: "raise its size"}},
 			Devices:  []agent.DeviceStatus{{Name: "eth1", Error: "no such device"}},
+			Overlay:  &agent.DeviceStatus{Name: "margay.vxlan", Error: "address in use"},
 			Counts:   agent.Counts{Pods: 3, Services: 2, Policies: 1},
 		},
 		Source: []manifest.Problem{{File: "svc.yaml", Line: 12, Object: "Service web/api", Message: "bad port"}},
@@ -36,7 +37,8 @@ func TestAgentStatusContract(t *testing.T) {
 		t.Errorf("text = %q, want %q", got, want)
 	}
 	want := []string{
-		"svc.yaml:12: Service web/api: bad port", "map services: no space; raise its size", "device eth1: no such device", "a problem",
+		"svc.yaml:12: Service web/api: bad port", "map services: no space; raise its size", "device eth1: no such device",
+		"device margay.vxlan: address in use", "a problem",
 	}
 	got := info.problems()
 	if len(got) == 0 || !strings.Contains(got[0], "has not read its source yet") {

@@ -79,10 +79,8 @@ type agentStatus struct {
 			Services int `json:"services"`
 			Policies int `json:"policies"`
 		} `json:"counts"`
-		Devices []struct {
-			Name  string `json:"name"`
-			Error string `json:"error"`
-		} `json:"devices"`
+		Devices []agentDevice `json:"devices"`
+		Overlay *agentDevice  `json:"overlay"`
 	} `json:"last"`
 	Source []struct {
 		File    string `json:"file"`
@@ -90,6 +88,12 @@ type agentStatus struct {
 		Object  string `json:"object"`
 		Message string `json:"message"`
 	} `json:"source"`
+}
+
+// agentDevice is a device that the agent looks after.
+type agentDevice struct {
+	Name  string `json:"name"`
+	Error string `json:"error"`
 }
 
 // text is one line about the agent.
@@ -147,6 +151,9 @@ func (i agentInfo) problems() []string {
 			text += "; " + f.Cure
 		}
 		list = append(list, text)
+	}
+	if s.Last.Overlay != nil {
+		s.Last.Devices = append(s.Last.Devices, *s.Last.Overlay)
 	}
 	for _, d := range s.Last.Devices {
 		if d.Error != "" {

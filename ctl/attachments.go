@@ -13,6 +13,7 @@ import (
 type attachments interface {
 	PodAttached(ifindex int) error
 	NetdevAttached(ifindex int) error
+	OverlayAttached(ifindex int) error
 }
 
 // openDatapath opens this build's programs.

@@ -37,7 +37,7 @@ func TestDocumented(t *testing.T) {
 		}
 	}
 	walk(newRoot(&app{}))
-	for _, v := range []any{nodeStatus{}, endpointList{}, serviceList{}, flowList{}, policyList{}, dropList{}, flow.Event{}} {
+	for _, v := range []any{nodeStatus{}, nodeList{}, endpointList{}, serviceList{}, flowList{}, policyList{}, dropList{}, flow.Event{}} {
 		for _, name := range jsonNames(reflect.TypeOf(v)) {
 			if !strings.Contains(doc, "`"+name+"`") && !strings.Contains(doc, "`"+name+"[]`") {
 				t.Errorf("docs/margayctl.md lacks the field %s of %T", name, v)

@@ -74,7 +74,7 @@ func newRoot(a *app) *cobra.Command {
 	flags.StringVar(&a.node.Run, "run", datapath.DefaultRun, "directory of Margay's run time files")
 	flags.StringVarP(&a.output, "output", "o", "table", "output format: table or json")
 	root.AddCommand(
-		newStatus(a), newEndpoints(a), newServices(a), newFlows(a), newPolicy(a), newDrops(a),
+		newStatus(a), newNodes(a), newEndpoints(a), newServices(a), newFlows(a), newPolicy(a), newDrops(a),
 	)
 	return root
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/spf13/cobra"
 
+	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/flow"
 )
 
@@ -45,10 +46,12 @@ type mapInfo struct {
 type deviceInfo struct {
 	Device  string `json:"device"`
 	Ifindex int    `json:"ifindex"`
-	// Kind is "pod" for a pod's host-side device, "node" for one that leads out of the node.
+	// Kind is "pod" for a pod's host-side device, "node" for one that leads out of the node, "overlay" for the one that leads to others.
 	Kind     string `json:"kind"`
 	Pod      string `json:"pod,omitempty"`
 	Attached bool   `json:"attached"`
+	// Programs are those of this build that belong on it.
+	Programs []string `json:"programs,omitempty"`
 	// Fault says why Attached is false.
 	Fault string `json:"fault,omitempty"`
 }
@@ -151,6 +154,13 @@ func (a *app) collectDevices(s *source, st *nodeStatus) error {
 	return nil
 }
 
+// kindPrograms are the programs on a device of each kind, ingress before egress.
+var kindPrograms = map[string][]string{
+	"pod":     {bpf.ProgFromPod, bpf.ProgToPod},
+	"node":    {bpf.ProgFromNetdev, bpf.ProgToNetdev},
+	"overlay": {bpf.ProgFromOverlay, bpf.ProgToOverlay},
+}
+
 // addDevices lists the pods' devices, with what is wrong about them, and the node's devices that carry programs. Without at nothing is
 // known of programs.
 func (st *nodeStatus) addDevices(endpoints []endpointInfo, devs devices, at attachments) {
@@ -181,8 +191,22 @@ func (st *nodeStatus) addDevices(endpoints []endpointInfo, devs devices, at atta
 		st.Devices = append(st.Devices, d)
 	}
 	for ifindex, name := range devs {
-		if at != nil && !pods[ifindex] && at.NetdevAttached(ifindex) == nil {
-			st.Devices = append(st.Devices, deviceInfo{Device: name, Ifindex: ifindex, Kind: "node", Attached: true})
+		d := deviceInfo{Device: name, Ifindex: ifindex, Attached: true}
+		switch {
+		case at == nil || pods[ifindex]:
+			continue
+		case at.NetdevAttached(ifindex) == nil:
+			d.Kind = "node"
+		case at.OverlayAttached(ifindex) == nil:
+			d.Kind = "overlay"
+		default:
+			continue
+		}
+		st.Devices = append(st.Devices, d)
+	}
+	for i := range st.Devices {
+		if d := &st.Devices[i]; d.Attached {
+			d.Programs = kindPrograms[d.Kind]
 		}
 	}
 	slices.SortFunc(st.Devices, func(a, b deviceInfo) int {
@@ -306,7 +330,7 @@ func (st *nodeStatus) printDevices(w io.Writer) {
 	fmt.Fprintln(w)
 	t := newTable("DEVICE", "KIND", "POD", "PROGRAMS")
 	for _, d := range st.Devices {
-		t.add(d.Device, d.Kind, dash(d.Pod), cmp.Or(d.Fault, "attached"))
+		t.add(d.Device, d.Kind, dash(d.Pod), cmp.Or(d.Fault, strings.Join(d.Programs, ", ")))
 	}
 	t.print(w)
 }

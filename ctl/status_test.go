@@ -48,8 +48,9 @@ func TestStatusTable(t *testing.T) {
 				{Name: "services", Type: "Hash", Entries: &full, Capacity: 65536, MemoryBytes: 5 << 20},
 			},
 			Devices: []deviceInfo{
-				{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true},
-				{Device: "mgy12ab34cd", Ifindex: 7, Kind: "pod", Pod: "default/client", Attached: true},
+				{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}},
+				{Device: "margay.vxlan", Ifindex: 9, Kind: "overlay", Attached: true, Programs: []string{"from_overlay", "to_overlay"}},
+				{Device: "mgy12ab34cd", Ifindex: 7, Kind: "pod", Pod: "default/client", Attached: true, Programs: []string{"from_pod", "to_pod"}},
 			},
 		},
 		"status-not-loaded": {BPFFS: "/sys/fs/bpf/margay", Problems: []string{"margay is not loaded on this node"}, now: now},
@@ -146,12 +147,13 @@ func TestAskAgentHangs(t *testing.T) {
 }
 
 // fakeAttachments has programs on some devices.
-type fakeAttachments struct{ pods, netdevs []int }
+type fakeAttachments struct{ pods, netdevs, overlays []int }
 
 var errNone = errors.New("program is not attached")
 
-func (f fakeAttachments) PodAttached(i int) error    { return attachedIn(f.pods, i) }
-func (f fakeAttachments) NetdevAttached(i int) error { return attachedIn(f.netdevs, i) }
+func (f fakeAttachments) PodAttached(i int) error     { return attachedIn(f.pods, i) }
+func (f fakeAttachments) NetdevAttached(i int) error  { return attachedIn(f.netdevs, i) }
+func (f fakeAttachments) OverlayAttached(i int) error { return attachedIn(f.overlays, i) }
 
 func attachedIn(list []int, i int) error {
 	if slices.Contains(list, i) {
@@ -169,14 +171,15 @@ func TestDevices(t *testing.T) {
 		{Pod: "a/lost", Addresses: at, Ifindex: 7, Device: "gone(7)"},
 		{Pod: "a/early", Addresses: at, Ifindex: 8, Device: "veth8", Flags: []string{markUnregistered}},
 		{Addresses: at, Ifindex: 9, Device: "veth9", Flags: []string{markNoRecord}},
-	}, devices{1: "lo", 2: "eth0", 5: "veth5", 6: "veth6", 8: "veth8", 9: "veth9"}, fakeAttachments{pods: []int{5, 9}, netdevs: []int{2}})
+	}, devices{1: "lo", 2: "eth0", 3: "margay.vxlan", 4: "eth1", 5: "veth5", 6: "veth6", 8: "veth8", 9: "veth9"}, fakeAttachments{pods: []int{5, 9}, netdevs: []int{2}, overlays: []int{3}})
 	wantDevices := []deviceInfo{
-		{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true},
+		{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}},
+		{Device: "margay.vxlan", Ifindex: 3, Kind: "overlay", Attached: true, Programs: []string{"from_overlay", "to_overlay"}},
 		{Device: "gone(7)", Ifindex: 7, Kind: "pod", Pod: "a/lost", Fault: "the device is gone"},
-		{Device: "veth5", Ifindex: 5, Kind: "pod", Pod: "a/fine", Attached: true},
+		{Device: "veth5", Ifindex: 5, Kind: "pod", Pod: "a/fine", Attached: true, Programs: []string{"from_pod", "to_pod"}},
 		{Device: "veth6", Ifindex: 6, Kind: "pod", Pod: "a/bare", Fault: "program is not attached"},
 		{Device: "veth8", Ifindex: 8, Kind: "pod", Pod: "a/early", Fault: "not registered"},
-		{Device: "veth9", Ifindex: 9, Kind: "pod", Attached: true},
+		{Device: "veth9", Ifindex: 9, Kind: "pod", Attached: true, Programs: []string{"from_pod", "to_pod"}},
 	}
 	if diff := cmp.Diff(wantDevices, st.Devices); diff != "" {
 		t.Errorf("devices (-want +got):\n%s", diff)
@@ -213,14 +216,16 @@ func testStatusOfDatapath(t *testing.T, n *testNode) {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	pod, nic := addDevice(t, "pod0"), addDevice(t, "nic0")
+	pod, nic, overlay := addDevice(t, "pod0"), addDevice(t, "nic0"), addDevice(t, "overlay0")
 	n.addPod(t, "client", n.client, bpf.Endpoint{})
 	e := bpf.Endpoint{Ifindex: uint32(pod), Identity: 17}
 	if err := d.PutEndpoint(n.client, e); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.AttachNetdev(nic); err != nil {
-		t.Fatal(err)
+	for _, err := range []error{d.AttachNetdev(nic), d.AttachOverlay(overlay)} {
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	var bare, attached nodeStatus
 	n.decode(t, &bare, "status")
@@ -232,8 +237,9 @@ func testStatusOfDatapath(t *testing.T, n *testNode) {
 	}
 	n.decode(t, &attached, "status")
 	want := []deviceInfo{
-		{Device: "nic0", Ifindex: nic, Kind: "node", Attached: true},
-		{Device: "pod0", Ifindex: pod, Kind: "pod", Pod: "default/client", Attached: true},
+		{Device: "nic0", Ifindex: nic, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}},
+		{Device: "overlay0", Ifindex: overlay, Kind: "overlay", Attached: true, Programs: []string{"from_overlay", "to_overlay"}},
+		{Device: "pod0", Ifindex: pod, Kind: "pod", Pod: "default/client", Attached: true, Programs: []string{"from_pod", "to_pod"}},
 	}
 	if diff := cmp.Diff(want, attached.Devices); diff != "" {
 		t.Errorf("devices (-want +got):\n%s", diff)
@@ -248,7 +254,7 @@ func testStatusOfDatapath(t *testing.T, n *testNode) {
 	if i < 0 || attached.Maps[i].Entries == nil || *attached.Maps[i].Entries != 1 || attached.Maps[i].MemoryBytes == 0 {
 		t.Errorf("maps = %+v, want endpoints with one entry and its memory", attached.Maps)
 	}
-	for _, args := range [][]string{{"status"}, {"endpoints"}, {"services"}, {"flows"}, {"policy"}, {"drops"}} {
+	for _, args := range [][]string{{"status"}, {"nodes"}, {"endpoints"}, {"services"}, {"flows"}, {"policy"}, {"drops"}} {
 		if _, errs, code := n.ctl(t, args...); code != 0 || errs != "" {
 			t.Errorf("margayctl %v = %d, %q; want 0, nothing", args, code, errs)
 		}

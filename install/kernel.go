@@ -51,7 +51,7 @@ func filterItems(o *options) ([]item, error) {
 		if err != nil {
 			return items, fmt.Errorf("look up device %d: %w", q.Attrs().LinkIndex, err)
 		}
-		if strings.HasPrefix(device.Attrs().Name, link.HostPrefix) {
+		if isOurs(device.Attrs().Name, device.Type(), device.Attrs().Alias) {
 			continue
 		}
 		found, err := filtersOf(device, programs)
@@ -143,26 +143,34 @@ func pinnedPrograms(dir string) (map[ebpf.ProgramID]bool, error) {
 	return ids, err
 }
 
-// routeItems finds our routes, by their protocol, on devices that stay.
+// routeItems finds our routes, by their protocols, on devices that stay: pods' and those to other nodes, and what makes the rest of the own
+// ranges unreachable.
 func routeItems() ([]item, error) {
 	var items []item
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := dump(func() ([]netlink.Route, error) {
-			filter := &netlink.Route{Protocol: link.RouteProtocol, Table: unix.RT_TABLE_UNSPEC}
-			return netlink.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
-		})
-		if err != nil {
-			return items, fmt.Errorf("list routes: %w", err)
-		}
-		for _, r := range routes {
-			device, err := netlink.LinkByIndex(r.LinkIndex)
-			if err == nil && strings.HasPrefix(device.Attrs().Name, link.HostPrefix) {
-				continue
+		for _, protocol := range []netlink.RouteProtocol{link.RouteProtocol, link.NodeRouteProtocol} {
+			routes, err := dump(func() ([]netlink.Route, error) {
+				filter := &netlink.Route{Protocol: protocol, Table: unix.RT_TABLE_UNSPEC}
+				return netlink.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+			})
+			if err != nil {
+				return items, fmt.Errorf("list routes: %w", err)
 			}
-			items = append(items, item{"route", r.Dst.String(), func() error { return ignore(netlink.RouteDel(&r), unix.ESRCH, unix.ENODEV) }})
+			for _, r := range routes {
+				device, err := netlink.LinkByIndex(r.LinkIndex)
+				if err == nil && isOurs(device.Attrs().Name, device.Type(), device.Attrs().Alias) {
+					continue
+				}
+				items = append(items, item{"route", r.Dst.String(), func() error { return ignore(netlink.RouteDel(&r), unix.ESRCH, unix.ENODEV) }})
+			}
 		}
 	}
 	return items, nil
+}
+
+// isOurs tells devices that we made, with which everything on them goes: pods' host-side ends, and the overlay device under whatever name.
+func isOurs(name, kind, alias string) bool {
+	return strings.HasPrefix(name, link.HostPrefix) || (kind == "vxlan" && alias == link.OverlayAlias)
 }
 
 // ignore drops the errors by which the kernel says that a thing is gone already.

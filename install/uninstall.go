@@ -123,7 +123,7 @@ func describe(r *endpoint.Record) string {
 	return fmt.Sprintf("%s, %s on %s: %s", pod, r.IfName, r.HostIfName, strings.Join(addresses, " "))
 }
 
-// deviceItems finds the devices that have our prefix. Their filters, addresses and routes go with them.
+// deviceItems finds the devices that we made: those with our prefix, and the overlay device. Their filters, addresses and routes go with them.
 func deviceItems(conn *link.Conn) ([]item, error) {
 	devices, err := conn.Devices()
 	if err != nil {
@@ -131,7 +131,7 @@ func deviceItems(conn *link.Conn) ([]item, error) {
 	}
 	var items []item
 	for _, d := range devices {
-		if strings.HasPrefix(d.Name, link.HostPrefix) {
+		if isOurs(d.Name, d.Kind, d.Alias) {
 			items = append(items, item{"device", d.Name, func() error { return conn.Delete(d.Index) }})
 		}
 	}

@@ -176,6 +176,14 @@ func (m *machine) occupy() {
 		m.ip("-6", "route", "add", "fd00:244::9/128", "dev", "mgy0123", "proto", "77")
 		m.ip("route", "add", "10.96.0.0/12", "dev", "eth0", "proto", "77")
 		m.ip("-6", "route", "add", "fd00:96::/112", "dev", "eth0", "proto", "77", "table", "100")
+		m.ip("link", "add", "vx0", "type", "vxlan", "external", "gbp", "dstport", "8472")
+		m.ip("link", "set", "vx0", "alias", "margay overlay")
+		m.ip("link", "set", "vx0", "up")
+		m.ip("route", "add", "10.245.0.0/24", "dev", "vx0", "proto", "78", "metric", "1024")
+		m.ip("route", "add", "10.246.0.0/24", "via", "192.0.2.2", "proto", "78", "metric", "1024")
+		m.ip("-6", "route", "add", "fd00:246::/64", "via", "2001:db8::2", "proto", "78")
+		m.ip("route", "add", "unreachable", "10.244.0.0/24", "proto", "78", "metric", "16777216")
+		m.ip("-6", "route", "add", "unreachable", "fd00:244::/64", "proto", "78", "metric", "16777216")
 		for _, s := range []string{"net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding", "net/ipv4/conf/mgy0123/rp_filter"} {
 			path := filepath.Join("/proc/sys", strings.TrimPrefix(s, "/proc/sys/"))
 			before, err := os.ReadFile(path)
@@ -189,6 +197,7 @@ func (m *machine) occupy() {
 	text, err := json.Marshal(settings)
 	m.must(err)
 	m.write(m.at("/run/margay/sysctls.json"), string(text), 0o644)
+	m.write(m.at("/run/margay/node.json"), `{"version":1,"mtu":1450}`, 0o644)
 	m.must(endpoint.NewStore(m.at("/run/margay")).Save(&endpoint.Record{
 		ContainerID: "c1", IfName: "eth0", Namespace: "default", Name: "web", HostIfName: "mgy0123",
 		Addresses: []netip.Addr{netip.MustParseAddr("10.244.0.9"), netip.MustParseAddr("fd00:244::9")},

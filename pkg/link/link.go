@@ -72,6 +72,7 @@ type Device struct {
 	Index int
 	Name  string
 	Kind  string // "veth", "bridge", "device", ...
+	Alias string
 	MAC   net.HardwareAddr
 	MTU   int
 	Up    bool
@@ -85,6 +86,7 @@ func newDevice(l netlink.Link) Device {
 		Index: a.Index,
 		Name:  a.Name,
 		Kind:  l.Type(),
+		Alias: a.Alias,
 		MAC:   a.HardwareAddr,
 		MTU:   a.MTU,
 		Up:    a.Flags&net.FlagUp != 0,
