@@ -13,8 +13,15 @@ import (
 type attachments interface {
 	PodAttached(ifindex int) error
 	NetdevAttached(ifindex int) error
+	NetdevPrograms(ifindex int) []string
 	OverlayAttached(ifindex int) error
 }
+
+// opened is the datapath of this build.
+type opened struct{ *datapath.Datapath }
+
+// NetdevPrograms names the programs that belong on a device of the node.
+func (opened) NetdevPrograms(ifindex int) []string { return datapath.NetdevPrograms(ifindex) }
 
 // openDatapath opens this build's programs.
 func openDatapath(cfg datapath.Config) (*datapath.Datapath, error) {

@@ -150,14 +150,13 @@ func (a *app) collectDevices(s *source, st *nodeStatus) error {
 		return nil
 	}
 	defer d.Close()
-	st.addDevices(endpoints, devs, d)
+	st.addDevices(endpoints, devs, opened{d})
 	return nil
 }
 
-// kindPrograms are the programs on a device of each kind, ingress before egress.
+// kindPrograms are the programs on a device of the kinds that have always the same, ingress before egress.
 var kindPrograms = map[string][]string{
 	"pod":     {bpf.ProgFromPod, bpf.ProgToPod},
-	"node":    {bpf.ProgFromNetdev, bpf.ProgToNetdev},
 	"overlay": {bpf.ProgFromOverlay, bpf.ProgToOverlay},
 }
 
@@ -196,7 +195,7 @@ func (st *nodeStatus) addDevices(endpoints []endpointInfo, devs devices, at atta
 		case at == nil || pods[ifindex]:
 			continue
 		case at.NetdevAttached(ifindex) == nil:
-			d.Kind = "node"
+			d.Kind, d.Programs = "node", at.NetdevPrograms(ifindex)
 		case at.OverlayAttached(ifindex) == nil:
 			d.Kind = "overlay"
 		default:
@@ -205,7 +204,7 @@ func (st *nodeStatus) addDevices(endpoints []endpointInfo, devs devices, at atta
 		st.Devices = append(st.Devices, d)
 	}
 	for i := range st.Devices {
-		if d := &st.Devices[i]; d.Attached {
+		if d := &st.Devices[i]; d.Attached && d.Programs == nil {
 			d.Programs = kindPrograms[d.Kind]
 		}
 	}

@@ -155,6 +155,8 @@ func (f fakeAttachments) PodAttached(i int) error     { return attachedIn(f.pods
 func (f fakeAttachments) NetdevAttached(i int) error  { return attachedIn(f.netdevs, i) }
 func (f fakeAttachments) OverlayAttached(i int) error { return attachedIn(f.overlays, i) }
 
+func (f fakeAttachments) NetdevPrograms(int) []string { return []string{"from_netdev", "to_netdev"} }
+
 func attachedIn(list []int, i int) error {
 	if slices.Contains(list, i) {
 		return nil

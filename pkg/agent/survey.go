@@ -220,7 +220,7 @@ var virtualKinds = []string{"dummy", "ifb", "nlmon", "vcan", "vrf"}
 
 // choose returns why the device carries from_netdev, or "".
 func (c chooser) choose(d device) string {
-	if d.loopback || !d.ethernet || d.overlay || isPodDevice(d.name) || c.pods[d.index] {
+	if d.loopback || d.overlay || isPodDevice(d.name) || c.pods[d.index] {
 		return ""
 	}
 	if len(c.patterns) > 0 {
@@ -232,7 +232,8 @@ func (c chooser) choose(d device) string {
 		return ""
 	}
 	switch {
-	case slices.Contains(virtualKinds, d.kind):
+	case !d.ethernet || slices.Contains(virtualKinds, d.kind):
+		// Without link layer (WireGuard, IP tunnels): usually a way of the node's own, for an administrator to name.
 		return ""
 	case d.defaultRoute:
 		return "default route"

@@ -74,6 +74,18 @@ func (d *Datapath) NetdevAttached(ifindex int) error {
 	return d.attached(ifindex, hooks)
 }
 
+// NetdevPrograms names the programs that belong on a network device of the node, ingress before egress; none if there is no such device.
+func NetdevPrograms(ifindex int) (names []string) {
+	hooks, err := netdevHooksOf(ifindex)
+	if err != nil {
+		return nil
+	}
+	for _, h := range hooks {
+		names = append(names, h.program)
+	}
+	return names
+}
+
 // netdevHooksOf returns what belongs on a network device of the node.
 func netdevHooksOf(ifindex int) ([]hookPoint, error) {
 	l, err := netlink.LinkByIndex(ifindex)
