@@ -4,7 +4,8 @@
 // this node, into the content of the pinned maps and keeps it there.
 //
 // It owns the order in which the maps are written, the files that it leaves in the run directory (numbers.json, services.json,
-// rules.json), the attachments to the node's network devices, the repair of what somebody else removed, and the local API.
+// rules.json, nodes.json, node.json), the attachments to the node's network devices, the overlay device, the kernel's routes to other
+// nodes, the repair of what somebody else removed, and the local API.
 // It does not own the semantics of services and policies (pkg/service, pkg/policy), the meaning of the objects (pkg/state), or how a
 // map is pinned and a program attached (pkg/datapath).
 //
@@ -22,6 +23,9 @@
 //     and a flow is judged again only when the maps say the new thing.
 //   - Services: the set of serving backends, the lists, the frontends, then frontends and set members that are gone, then the epochs
 //     (a flow that is checked must not find the leaver in the set), then the lists nobody counts.
+//   - Nodes: a node is in the map before a route or an address names it; what is gone goes after what took its place, and nodes that are gone
+//     last; then the route epoch, once. Devices and kernel routes are the node watcher's: it makes what the pipeline wants, and tells what is
+//     there (docs/design/0004-many-nodes.md).
 //   - Every write follows the kernel's actual content, not the last round's intention: a write that failed keeps what depends on it from
 //     being deleted or switched, is reported as a fault of the map, and is tried again.
 package agent

@@ -102,7 +102,7 @@ type Status struct {
 	LastChange Round  `json:"lastChange"`
 	// Source are the files and objects that the source cannot use, by file and line.
 	Source []manifest.Problem `json:"source"`
-	// Pods are pods without the programs of this build on their device, and who else is there.
+	// Pods are pods without the programs of this build on their device, and who else is there, and those whose MTU cannot follow the node's.
 	Pods  []string `json:"pods"`
 	Flows Sweeps   `json:"flows"`
 }

@@ -77,6 +77,10 @@ func (c *Conn) addVXLAN(want VXLAN) (*netlink.Vxlan, error) {
 	attrs.Name, attrs.MTU, attrs.HardwareAddr = want.Name, want.MTU, want.MAC
 	v := &netlink.Vxlan{LinkAttrs: attrs, FlowBased: true, GBP: true, Port: int(want.Port)}
 	if err := c.h.LinkAdd(v); err != nil {
+		if errors.Is(err, unix.EEXIST) {
+			return nil, fmt.Errorf("make VXLAN device %s: %w: another VXLAN device has UDP port %d; give the overlay another one on every node",
+				want.Name, err, want.Port)
+		}
 		return nil, fmt.Errorf("make VXLAN device %s: %w", want.Name, err)
 	}
 	l, err := c.h.LinkByName(want.Name)

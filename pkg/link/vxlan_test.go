@@ -133,6 +133,19 @@ func TestVXLANDoesNotTakeSomebodyElsesDevice(t *testing.T) {
 	}
 }
 
+func TestVXLANPortIsTaken(t *testing.T) {
+	privileged.Require(t)
+	ns := netnstest.New(t)
+	c := dial(t, ns)
+	ns.Do(func() { run(t, "ip link add flannel.1 type vxlan external gbp dstport 8472") })
+	if _, err := c.EnsureVXLAN(overlay()); !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "UDP port 8472") {
+		t.Errorf("EnsureVXLAN beside another one's device = %v, want an error that names the port", err)
+	}
+	if _, err := c.Device("flannel.1"); err != nil {
+		t.Errorf("the other one's device: %v, want it as it was", err)
+	}
+}
+
 func TestNodeRoutes(t *testing.T) {
 	privileged.Require(t)
 	for name, f := range map[string]struct{ network, gw, gw2, own, remote, near, self, pod string }{

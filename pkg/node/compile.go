@@ -12,6 +12,9 @@ import (
 	"github.com/margay-cni/margay/pkg/state"
 )
 
+// minMTU6 is the least that every IPv6 link carries, in bytes (RFC 8200 §5).
+const minMTU6 = 1280
+
 // Compiler turns snapshots into what this node needs to reach the others, and remembers the nodes' numbers.
 type Compiler struct {
 	// MaxIndex is the largest number that is handed out: the size of the map nodes less one.
@@ -306,6 +309,9 @@ func (b *compilation) finish(others bool) {
 	b.result.PodMTU = b.underlay
 	if b.encapsulated || b.mode == VXLAN {
 		b.result.PodMTU = less(b.underlay, overhead)
+	}
+	if p := b.result.PodMTU; p > 0 && p < minMTU6 && slices.ContainsFunc(b.result.PodCIDRs, func(c netip.Prefix) bool { return c.Addr().Is6() }) {
+		b.problem(b.name, "the MTU of pods would be %d, and IPv6 needs %d: raise the MTU of the node's devices", p, minMTU6)
 	}
 	if others {
 		b.result.Overlay = &Overlay{MTU: less(b.underlay, overhead)}

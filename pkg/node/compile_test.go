@@ -237,6 +237,15 @@ func TestCompile(t *testing.T) {
 			},
 		},
 		{
+			name: "MTU too small for IPv6", mode: Direct,
+			machine: Machine{Devices: []Device{{Index: 2, MTU: 1200}, {Index: 3, MTU: 1500}}},
+			nodes:   []*state.Node{object("n1", "", "fd00:1::/64")},
+			want: []string{
+				"kernel fd00:1::/64 unreachable", "pods mtu 1200",
+				"problem n1: the MTU of pods would be 1200, and IPv6 needs 1280: raise the MTU of the node's devices", "route fd00:1::/64: 0 local",
+			},
+		},
+		{
 			name: "no device: no MTU", mode: VXLAN, machine: Machine{},
 			nodes: []*state.Node{object("n2", "192.0.2.2", "")},
 			want: []string{
