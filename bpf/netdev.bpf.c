@@ -6,13 +6,12 @@
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
-/* An outer header of the overlay: the kernel's device takes it, and from_overlay judges what is in it. */
+/* An outer header of the overlay: the kernel's device takes it, and from_overlay judges what is in it, or it made it. */
 static __always_inline int is_overlay(const struct pkt *p)
 {
 	struct node_state *s = node_settings();
 
-	return p->key.proto == IPPROTO_UDP && s && p->key.dport == s->overlay_port && s->overlay_ifindex &&
-	       (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL);
+	return p->key.proto == IPPROTO_UDP && s && p->key.dport == s->overlay_port && s->overlay_ifindex;
 }
 
 /*
@@ -29,7 +28,7 @@ static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt 
 		return handle_icmp_error(skb, p);
 	if (p->kind == PKT_FRAGMENT)
 		ret = handle_fragment(skb, p);
-	else if (p->kind == PKT_FLOW && !is_overlay(p))
+	else if (p->kind == PKT_FLOW && !(is_overlay(p) && (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL)))
 		ret = handle_flow(skb, p);
 	else
 		return TC_ACT_OK;
@@ -76,10 +75,84 @@ int from_l3_netdev(struct __sk_buff *skb)
 	return finish(skb, &p, ret ? ret : handle_from_netdev(skb, &p));
 }
 
-/* tc egress of it: what leaves the node. */
+/* May this packet be the first of a flow? Every datagram may, an echo reply may not. */
+static __always_inline int may_open(const struct pkt *p)
+{
+	if (p->key.proto == IPPROTO_TCP)
+		return pkt_opens_tcp(p);
+	return !is_icmp(p->key.proto) || p->icmp_type == ICMP_ECHO || p->icmp_type == ICMPV6_ECHO_REQUEST;
+}
+
+/* Nothing is known of the packet, which is the rule. The slow path only where a pod has the port already. */
+static __always_inline int open_from_host(struct __sk_buff *skb, struct pkt *p)
+{
+	struct flow_key answers;
+
+	key_reverse(&answers, &p->key);
+	return bpf_map_lookup_elem(&flows, &answers) ? connect(skb, p, NULL) : TC_ACT_OK;
+}
+
+/*
+ * The host's own traffic, which Margay touches in two cases only. The node answers in a service's name: the entry of the answers says how.
+ * Or it opens a connection from a port that a masqueraded pod has towards the same place: then the host's port moves, because its
+ * socket can be told apart by nobody but us, and the pod was first. In between, a segment costs one hash lookup.
+ */
+static __always_inline int handle_host_flow(struct __sk_buff *skb, struct pkt *p)
+{
+	struct flow *f = bpf_map_lookup_elem(&flows, &p->key);
+
+	if (!f)
+		return may_open(p) ? open_from_host(skb, p) : TC_ACT_OK;
+	if (!flow_sender_matches(skb, p, f))
+		return TC_ACT_OK;
+	if (unlikely(pkt_opens_tcp(p) || !flow_is_current(f)))
+		return connect(skb, p, f);
+	flow_note_packet(f, p);
+	return forward(skb, p, f);
+}
+
+/* The stack sends the fragments of a datagram in order; where a later one comes alone it is not held up (fragment_hold). */
+static __always_inline int handle_host_fragment(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret = fragment_begin(skb, p);
+
+	if (ret != FRAGMENT_JOINED)
+		return ret;
+	ret = handle_host_flow(skb, p);
+	return p->frag == FRAG_FIRST ? fragment_end(skb, p, ret) : ret;
+}
+
+static __always_inline int handle_to_netdev(struct __sk_buff *skb, struct pkt *p)
+{
+	int ret;
+
+	if (parse(skb, p))
+		return TC_ACT_OK;
+	if (p->kind == PKT_ICMP_ERROR)
+		return handle_icmp_error(skb, p);
+	if (p->kind == PKT_FRAGMENT)
+		ret = handle_host_fragment(skb, p);
+	else if (p->kind == PKT_FLOW && !is_overlay(p))
+		ret = handle_host_flow(skb, p);
+	else
+		return TC_ACT_OK;
+	/* An answer in a service's name that must be encapsulated may be too big for that: the node's own socket hears of it. */
+	if (ret != -DROP_TOO_BIG || p->frag == FRAG_LATER)
+		return ret;
+	ret = answer(skb, p, ret);
+	return ret ? ret : bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+}
+
+/*
+ * tc egress of it: what leaves the node. What was forwarded, by the stack or redirected by our own programs, has come in on a device and
+ * is done: one load and a branch. test/dataplane holds bpf_redirect_neigh to that.
+ */
 SEC("tc")
 int to_netdev(struct __sk_buff *skb)
 {
-	(void)skb;
-	return TC_ACT_OK;
+	struct pkt p = {.hook = HOOK_TO_NETDEV, .direction = EGRESS};
+
+	if (skb->ingress_ifindex)
+		return TC_ACT_OK;
+	return finish(skb, &p, handle_to_netdev(skb, &p));
 }

@@ -120,7 +120,7 @@ enum flow_flags {
 	FLOW_DENIED_INGRESS = 128, /* with FLOW_DENIED: by the receiver's ingress policy */
 	FLOW_IN_NODE = 256, /* packets come from the node itself: nobody outside may send them */
 	FLOW_IN_OVERLAY = 512,	/* packets come through the overlay, from in_node */
-	FLOW_MASQUERADE = 1024, /* the opener's source becomes this node's address */
+	FLOW_MASQUERADE = 1024, /* the opener's source becomes an address of this node, with a port that was chosen for it */
 	FLOW_FORWARDED = 2048,	/* with FLOW_TO_NODE: service traffic under the client's own address, VNI_FORWARDED */
 	FLOW_DSR = 4096,	/* a forwarded flow whose answers the pod's node sends to the client itself */
 };

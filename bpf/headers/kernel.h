@@ -160,6 +160,46 @@ struct bpf_fib_lookup {
 	__u8 dmac[6];
 };
 
+/* A socket, linux/bpf.h, as far as it is read here. */
+struct bpf_sock {
+	__u32 bound_dev_if;
+	__u32 family;
+	__u32 type;
+	__u32 protocol;
+	__u32 mark;
+	__u32 priority;
+	__be32 src_ip4;
+	__be32 src_ip6[4];
+	__u32 src_port;
+	__be16 dst_port;
+	__u16 pad;
+	__be32 dst_ip4;
+	__be32 dst_ip6[4];
+	__u32 state;
+};
+
+/* Of a packet to the socket: its source is the other end. */
+struct bpf_sock_tuple {
+	union {
+		struct {
+			__be32 saddr;
+			__be32 daddr;
+			__be16 sport;
+			__be16 dport;
+		} ipv4;
+		struct {
+			__be32 saddr[4];
+			__be32 daddr[4];
+			__be16 sport;
+			__be16 dport;
+		} ipv6;
+	};
+};
+
+#define EEXIST 17
+#define BPF_F_CURRENT_NETNS ((__u64)-1)
+#define BPF_TCP_LISTEN 10
+
 /* Packet headers. */
 #define ETH_P_IP 0x0800
 #define ETH_P_ARP 0x0806

@@ -10,10 +10,8 @@
  */
 
 #include "drop.h"
+#include "masquerade.h"
 #include "route.h"
-
-#define NAT_PORT_TRIES 16
-#define NAT_PORT_FIRST 1024
 
 /*
  * May this entry's translation go on? Not when a SYN opens a new connection on the remains of an old one, and not when the backend
@@ -23,6 +21,9 @@ static __always_inline int flow_keeps_translation(const struct pkt *p, const str
 {
 	struct flow *other = flow_other(f);
 
+	/* The host's own connection, whose port had to move: the next one from the same port takes the same way, if it is still ours. */
+	if (p->hook == HOOK_TO_NETDEV && !(f->flags & FLOW_REPLY))
+		return !other || key_answers(&p->key, &other->xlate);
 	if (pkt_opens_tcp(p) && (flow_is_closing(f, other) || flow_is_expired(IPPROTO_TCP, f, other, now_seconds())))
 		return 0;
 	/* The other end opens a connection of its own on the tuple of one that was established: its own policies decide. */
@@ -48,6 +49,9 @@ static __always_inline int first_tuples(struct __sk_buff *skb, const struct pkt 
 {
 	__u32 hash = 0;
 
+	/* What the host sends to a service is no business of the way out. */
+	if (p->hook == HOOK_TO_NETDEV)
+		return 0;
 	if (p->hook == HOOK_FROM_OVERLAY && p->vni != VNI_PODS) {
 		nf->flags = FLOW_FORWARDED | (p->vni == VNI_DSR ? FLOW_DSR : 0);
 		hash = overlay_backend_hash(skb);
@@ -259,14 +263,6 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 	}
 }
 
-/* This CPU's work space; NULL only for the verifier. */
-static __always_inline struct new_flow *new_flow(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch, &zero);
-}
-
 /*
  * What an entry that is there already knows better: what it has seen of the connection, and, when the packet at hand is of the other
  * direction, where its own packets come from.
@@ -282,12 +278,14 @@ static __always_inline void keep_from_entry(struct new_flow *nf, __u32 direction
 
 /*
  * Writes one direction's entry; an entry that is there already keeps what it has seen of the connection. Finds the work space itself,
- * because before 6.2 the verifier takes no argument of a global function as a map's key or value.
+ * because before 6.2 the verifier takes no argument of a global function as a map's key or value. BPF_NOEXIST: 1 where somebody was
+ * quicker.
  */
-__noinline int store_direction(__u32 direction)
+__noinline int store_direction(__u32 direction, __u64 how)
 {
 	struct new_flow *nf = new_flow();
 	struct flow *old;
+	long ret;
 
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
@@ -299,61 +297,54 @@ __noinline int store_direction(__u32 direction)
 	}
 	if (nf->key.proto == IPPROTO_TCP && direction == (nf->reply ? REPLY : FORWARD) && !(nf->flags & FLOW_DENIED))
 		nf->entry.tcp = flow_tcp_after(nf->entry.tcp, nf->tcp_flags);
-	return bpf_map_update_elem(&flows, &nf->key, &nf->entry, BPF_ANY) ? -DROP_FLOW_TABLE : 0;
-}
-
-/* Is the answering tuple free, or ours already, or left over from a dead flow? */
-static __always_inline int reply_key_is_free(const struct new_flow *nf)
-{
-	struct flow_key key, want;
-	struct flow *taken, *other;
-
-	key_reverse(&key, &nf->post);
-	taken = bpf_map_lookup_elem(&flows, &key);
-	if (!taken)
+	ret = bpf_map_update_elem(&flows, &nf->key, &nf->entry, how);
+	if (ret == -EEXIST)
 		return 1;
-	key_reverse(&want, &nf->fwd);
-	if (key_equal(&taken->xlate, &want))
-		return 1;
-	other = flow_other(taken);
-	return flow_is_closing(taken, other) || flow_is_expired(key.proto, taken, other, now_seconds());
+	return ret ? -DROP_FLOW_TABLE : 0;
 }
 
 /*
- * Two flows from one client port to one backend, by different service addresses or with and without one, would share the answering
- * tuple. The second gets another client port; its address stays.
+ * Writes the answers' entry of a new flow, under a source port that makes their tuple this flow's alone: its own, or another one. Two flows
+ * share the tuple when two pods' traffic leaves with one address of the node, or when one client reaches one backend by different
+ * service addresses, or with and without one. Only the port changes; the address was decided before.
  */
-static __always_inline int avoid_collision(struct new_flow *nf)
+static __always_inline int claim_answers(struct __sk_buff *skb, struct new_flow *nf)
 {
-	if (nf->post.proto != IPPROTO_TCP && nf->post.proto != IPPROTO_UDP)
-		return reply_key_is_free(nf) ? 0 : -DROP_NAT_COLLISION;
-	for (int i = 0; i < NAT_PORT_TRIES; i++) {
-		if (reply_key_is_free(nf))
-			return 0;
-		nf->post.sport = bpf_htons(NAT_PORT_FIRST + bpf_get_prandom_u32() % (65536 - NAT_PORT_FIRST));
+	__u32 start = bpf_get_prandom_u32(), masquerades = nf->flags & FLOW_MASQUERADE;
+	int state, ret;
+
+	for (__u32 i = 0; i < SOURCE_PORT_TRIES; i++) {
+		if (i)
+			source_port_set(nf, start, i);
+		state = source_port_state(skb, !masquerades || i >= SOURCE_PORT_TRIES / 2);
+		if (state != SOURCE_TAKEN) {
+			ret = store_direction(REPLY, state == SOURCE_OURS ? BPF_ANY : BPF_NOEXIST);
+			if (ret <= 0)
+				return ret;
+		}
+		if (!source_port_may_change(nf->post.proto))
+			return -DROP_NAT_COLLISION;
 	}
-	return -DROP_NAT_COLLISION;
+	return masquerades ? -DROP_NO_SOURCE_PORT : -DROP_NAT_COLLISION;
 }
 
 /* Both entries; the one for the packet at hand is written last and stays in nf->entry. */
-__noinline int store_flow(struct new_flow *nf)
+__noinline int store_flow(struct __sk_buff *skb, struct new_flow *nf)
 {
 	int ret;
 
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
-	if (!nf->known && !nf->backend_port) {
-		ret = avoid_collision(nf);
-		if (ret)
-			return ret;
-	}
 	/* The answers pass this node by. */
 	if (nf->backend_port && (nf->flags & FLOW_DSR))
-		return store_direction(FORWARD);
-	ret = store_direction(nf->reply ? FORWARD : REPLY);
+		return store_direction(FORWARD, BPF_ANY);
+	if (nf->known || nf->backend_port)
+		ret = store_direction(nf->reply ? FORWARD : REPLY, BPF_ANY);
+	else
+		ret = claim_answers(skb, nf);
 	if (ret)
 		return ret;
-	return store_direction(nf->reply ? REPLY : FORWARD);
+	return store_direction(nf->reply ? REPLY : FORWARD, BPF_ANY);
 }
 
 /* Policy says no. A flow that was allowed before keeps its translation, so that it can go on when policy allows it again. */
@@ -363,16 +354,19 @@ static __always_inline int deny(struct __sk_buff *skb, struct new_flow *nf, int 
 		return reason;
 	nf->flags |= FLOW_DENIED | (nf->direction == INGRESS ? FLOW_DENIED_INGRESS : 0);
 	if (choose_ways(skb, nf) == 0)
-		store_flow(nf);
+		store_flow(skb, nf);
 	return reason;
 }
 
-/* Who opened the flow, where the host's stack hands a packet to a pod. A packet of a local process came in on no device. */
+/*
+ * Who opened the flow, where the host's stack hands a packet to a pod or to the outside. A packet of a local process came in on no device.
+ * One to the outside shares this node's ports with masqueraded pods.
+ */
 static __always_inline void note_opener(const struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf)
 {
-	if (nf->known || p->hook != HOOK_TO_POD)
+	if (nf->known || (p->hook != HOOK_TO_POD && p->hook != HOOK_TO_NETDEV))
 		return;
-	nf->flags |= FLOW_VIA_STACK;
+	nf->flags |= FLOW_VIA_STACK | (p->hook == HOOK_TO_NETDEV ? FLOW_MASQUERADE : 0);
 	if (skb->ingress_ifindex == 0)
 		nf->flags |= FLOW_FROM_HOST;
 }
@@ -390,6 +384,16 @@ static __always_inline int not_ours(const struct pkt *p)
 	if (p->hook != HOOK_FROM_OVERLAY || (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL))
 		return TC_ACT_OK;
 	return p->vni == VNI_PODS ? -DROP_NO_ROUTE : -DROP_NO_FLOW;
+}
+
+/*
+ * A new connection that is the host's own, on the tuple of an old one that was translated: what follows must not be. Not for whoever
+ * sends a SYN to a pod's masqueraded port from outside.
+ */
+static __always_inline void forget_direction(const struct pkt *p, struct new_flow *nf, const struct flow *f)
+{
+	if (p->hook == HOOK_TO_NETDEV || !(f->flags & FLOW_REPLY))
+		bpf_map_delete_elem(&flows, &nf->fwd);
 }
 
 /*
@@ -434,9 +438,16 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 		return ret;
 	}
 	ret = choose_ways(skb, nf);
+	if (ret > 0 && f && !nf->known)
+		forget_direction(p, nf, f);
 	if (ret)
 		return ret < 0 ? ret : not_ours(p);
-	ret = store_flow(nf);
+	if (!nf->known && nf->action[FORWARD] == FLOW_TO_NETDEV) {
+		ret = masquerade(nf, nf->out_ifindex[FORWARD]);
+		if (ret)
+			return ret;
+	}
+	ret = store_flow(skb, nf);
 	if (ret)
 		return ret;
 	if (!nf->known && (node_flags() & NODE_VERDICT_EVENTS))

@@ -29,6 +29,8 @@ static __always_inline int flow_sender_matches(struct __sk_buff *skb, const stru
 		return f->out_ifindex == skb->ifindex && f->action <= FLOW_TO_POD;
 	if (p->hook == HOOK_FROM_OVERLAY)
 		return flow_node_matches(p, f);
+	if (p->hook == HOOK_TO_NETDEV)
+		return f->flags & FLOW_IN_NODE;
 	if (p->hook != HOOK_FROM_POD)
 		return !(f->flags & (FLOW_IN_POD | FLOW_IN_NODE | FLOW_IN_OVERLAY));
 	eth = pkt_at(skb, 0, sizeof(*eth));

@@ -64,10 +64,15 @@ static __always_inline int flow_is_current(const struct flow *f)
 	return !(f->flags & FLOW_SERVICE) || f->service_epoch == service_epoch(f->service_id);
 }
 
+static __always_inline int tcp_flags_open(__u8 tcp_flags)
+{
+	return (tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
 /* A SYN opens a connection: it is judged anew even where an entry exists (reused source port, RFC 9293 §3.6.1). */
 static __always_inline int pkt_opens_tcp(const struct pkt *p)
 {
-	return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	return tcp_flags_open(p->tcp_flags);
 }
 
 /* enum flow_tcp of a direction in which a segment with these flags has passed. */

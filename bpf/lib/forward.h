@@ -55,14 +55,14 @@ static __always_inline int to_pod_device(struct __sk_buff *skb, const struct flo
 
 /*
  * The last step of every packet that is allowed: translation, then the way on. A packet without hops left goes to the stack as
- * it is, which answers with "time exceeded" and drops it; at to_pod the stack has taken the hop already. One that does not fit the
- * way returns -DROP_TOO_BIG, untouched: the hook answers.
+ * it is, which answers with "time exceeded" and drops it; at to_pod and to_netdev the stack has taken the hop already, or it sends
+ * itself. One that does not fit the way returns -DROP_TOO_BIG, untouched: the hook answers.
  */
 static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
 {
-	int ret;
+	int ret, by_stack = p->hook == HOOK_TO_POD || p->hook == HOOK_TO_NETDEV;
 
-	if (f->action != FLOW_TO_STACK && p->hook != HOOK_TO_POD && p->ttl <= 1)
+	if (f->action != FLOW_TO_STACK && !by_stack && p->ttl <= 1)
 		return TC_ACT_OK;
 	if (f->mtu && p->kind != PKT_ICMP_ERROR && pkt_exceeds(skb, p, f->mtu)) {
 		p->mtu = f->mtu;
@@ -77,7 +77,10 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 	}
 	if (p->hook == HOOK_TO_POD || f->action == FLOW_TO_STACK)
 		return TC_ACT_OK;
-	ret = ttl_decrement(skb, p);
+	/* An answer of the node itself that the stack has on its way already. */
+	if (p->hook == HOOK_TO_NETDEV && f->action == FLOW_TO_NETDEV && f->out_ifindex == skb->ifindex)
+		return TC_ACT_OK;
+	ret = by_stack ? 0 : ttl_decrement(skb, p);
 	if (ret)
 		return ret;
 	if (f->action == FLOW_TO_POD)

@@ -243,7 +243,7 @@ __noinline int fragment_hold(struct __sk_buff *skb, struct pkt *p)
 	if (ret)
 		return ret;
 	/* The host's, if it is no service's: it is better off without us than lost. */
-	outside = p->hook == HOOK_FROM_NETDEV && !endpoint_of(&p->key.dst);
+	outside = p->hook == HOOK_TO_NETDEV || (p->hook == HOOK_FROM_NETDEV && !endpoint_of(&p->key.dst));
 	if (skb->len > HELD_FRAME || (p->hook != HOOK_FROM_POD && p->hook != HOOK_FROM_NETDEV && p->hook != HOOK_FROM_OVERLAY))
 		return outside ? TC_ACT_OK : -DROP_FRAGMENT;
 	to_stack = outside && (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL);

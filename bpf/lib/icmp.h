@@ -203,7 +203,7 @@ static __always_inline int stack_answers_pod(const struct __sk_buff *skb, const 
 /* An error that belongs to no flow, or comes from somebody who has no part in it. What may be about the host's own packets is the host's. */
 static __always_inline int error_without_flow(const struct __sk_buff *skb, const struct pkt *p, const struct flow_key *quoted)
 {
-	if (p->hook == HOOK_FROM_NETDEV || stack_answers_pod(skb, p, quoted))
+	if (p->hook == HOOK_FROM_NETDEV || p->hook == HOOK_TO_NETDEV || stack_answers_pod(skb, p, quoted))
 		return TC_ACT_OK;
 	if (p->hook != HOOK_FROM_OVERLAY)
 		return -DROP_NO_FLOW;

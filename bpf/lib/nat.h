@@ -125,6 +125,9 @@ __noinline int nat_rewrite(struct __sk_buff *skb, struct pkt *p, const struct fl
 	ret = nat_l3(skb, p, to, diff);
 	if (ret)
 		return ret;
+	/* No checksum that covers the addresses cancels them out in the NIC's sum of the whole packet. */
+	if (p->key.proto == IPPROTO_SCTP && p->l3_proto == ETH_P_IPV6)
+		bpf_csum_update(skb, diff);
 	ports = pkt_at(skb, p->l4_off, 8);
 	if (!ports)
 		return -DROP_TRUNCATED;

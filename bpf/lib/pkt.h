@@ -72,6 +72,12 @@ static __always_inline int addr_is_multicast(const struct addr *a)
 	return addr_is_v4(a) ? (a->b[12] & 0xf0) == 0xe0 : a->b[0] == 0xff;
 }
 
+/* ::, or ::ffff:0.0.0.0: no address. */
+static __always_inline int addr_is_unspecified(const struct addr *a)
+{
+	return a->w[3] == 0 && (addr_is_v4(a) || (a->w[2] == 0 && a->w[1] == 0 && a->w[0] == 0));
+}
+
 static __always_inline void addr_set_v4(struct addr *a, __be32 v4)
 {
 	a->w[0] = 0;
@@ -106,6 +112,13 @@ static __always_inline void mac_copy(__u8 *to, const __u8 *from)
 static __always_inline int key_equal(const struct flow_key *a, const struct flow_key *b)
 {
 	return addr_equal(&a->src, &b->src) && addr_equal(&a->dst, &b->dst) && a->sport == b->sport && a->dport == b->dport &&
+	       a->proto == b->proto;
+}
+
+/* Is b the tuple of packets that answer a's? */
+static __always_inline int key_answers(const struct flow_key *a, const struct flow_key *b)
+{
+	return addr_equal(&a->src, &b->dst) && addr_equal(&a->dst, &b->src) && a->sport == b->dport && a->dport == b->sport &&
 	       a->proto == b->proto;
 }
 

@@ -52,6 +52,14 @@ static __always_inline __u32 identity_of(const struct addr *a)
 	return e ? e->identity : IDENTITY_WORLD;
 }
 
+/* This CPU's work space; NULL only for the verifier. */
+static __always_inline struct new_flow *new_flow(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
+
 struct judgement {
 	__u32 verdict; /* enum policy_verdict */
 	__u32 rule_id;

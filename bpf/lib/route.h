@@ -4,6 +4,7 @@
 /* The ways of a flow's two directions: this node's pod, its stack, another node, or out of a device. Part of the slow path. */
 
 #include "forward.h"
+#include "sourceport.h"
 
 /* Which of the two directions: index of the arrays of struct new_flow. */
 #define FORWARD 0
@@ -34,7 +35,8 @@ static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *
 	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->post.proto};
 	long ret;
 
-	fib_addrs(&fib, &nf->post.src, &nf->post.dst);
+	/* Rules may go by the pod's own address; that of masquerade follows from the route, not the other way round. */
+	fib_addrs(&fib, &nf->fwd.src, &nf->post.dst);
 	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
 	if (fib_leads_out(ret)) {
 		nf->action[FORWARD] = FLOW_TO_NETDEV;
@@ -94,9 +96,12 @@ static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow
 		nf->out_ifindex[FORWARD] = nf->dst.ifindex;
 		return 0;
 	}
-	if (!nf->src.ifindex)
-		return nf->flags & FLOW_SERVICE ? -DROP_NO_ROUTE : 1;
-	return way_from_pod(skb, nf);
+	if (nf->src.ifindex)
+		return way_from_pod(skb, nf);
+	nf->action[FORWARD] = FLOW_TO_STACK;
+	if (host_flow_is_ours(nf))
+		return 0;
+	return nf->flags & FLOW_SERVICE ? -DROP_NO_ROUTE : 1;
 }
 
 /* The kernel's way from the pod's node to a client that another node has forwarded (direct server return). */

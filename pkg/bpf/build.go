@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "8dc0aaebf7ac965f99b8f68c"
+const build = "f65de29aab9af4bb25162c5d"

@@ -22,13 +22,22 @@ var protocols = map[string]uint8{"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UD
 // addServices makes one service on the ClusterIP port 80 and one NodePort 30080, TCP and UDP, both families, with these pods' port 8080
 // as backends. Returned are the service ids.
 func addServices(n *nodetest.Node, pods ...*nodetest.Pod) (ids []uint32) {
+	var backends [][]netip.Addr
+	for _, p := range pods {
+		backends = append(backends, p.Addrs)
+	}
+	return addServicesOn(n, 8080, backends...)
+}
+
+// addServicesOn is addServices with this port of these backends, each with an IPv4 and an IPv6 address.
+func addServicesOn(n *nodetest.Node, port uint16, addrs ...[]netip.Addr) (ids []uint32) {
 	unspecified := []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
 	id := uint32(0)
 	for _, proto := range protocols {
 		for i, vip := range vips {
 			var backends []netip.AddrPort
-			for _, p := range pods {
-				backends = append(backends, netip.AddrPortFrom(p.Addrs[i], 8080))
+			for _, pair := range addrs {
+				backends = append(backends, netip.AddrPortFrom(pair[i], port))
 			}
 			n.AddService(id+1, bpf.NewFrontendKey(proto, vip, 80), backends...)
 			n.AddService(id+2, bpf.NewFrontendKey(proto, unspecified[i], 30080), backends...)

@@ -51,16 +51,23 @@ const ChecksumComplete = 1 << 2
 // New makes the fixture. It needs root.
 func New(t testing.TB) *Fixture {
 	t.Helper()
+	return NewSized(t, 0)
+}
+
+// NewSized is New with a flow table of so many entries; 0: as shipped.
+func NewSized(t testing.TB, flows uint32) *Fixture {
+	t.Helper()
 	f := &Fixture{Node: nodetest.New(t), progs: map[string]*ebpf.Program{}}
 	f.A, f.B = f.AddPod("a"), f.AddPod("b")
 	shared := map[string]*ebpf.Map{
 		"endpoints": f.DP.Maps.Endpoints, "endpoint_epochs": f.DP.Maps.EndpointEpochs, "ipcache": f.DP.Maps.IPCache,
 		"node_addrs": f.DP.Maps.NodeAddrs, "services": f.DP.Maps.Services, "backends": f.DP.Maps.Backends,
 		"service_backends": f.DP.Maps.ServiceBackends, "service_epochs": f.DP.Maps.ServiceEpochs, "policy": f.DP.Maps.Policy,
-		"node_state": f.DP.Maps.NodeState,
-		"flows":      newMap(t, "flows"), "counters": newMap(t, "counters"), "events": newMap(t, "events"),
-		"fragments": newMap(t, "fragments"), "held_fragments": newMap(t, "held_fragments"), "held_cursor": newMap(t, "held_cursor"),
-		"fragment_scratch": newMap(t, "fragment_scratch"),
+		"node_state": f.DP.Maps.NodeState, "nodes": f.DP.Maps.Nodes, "routes": f.DP.Maps.Routes,
+		"egress_addrs": f.DP.Maps.EgressAddrs, "reserved_ports": f.DP.Maps.ReservedPorts,
+		"flows": newMap(t, "flows", flows), "counters": newMap(t, "counters", 0), "events": newMap(t, "events", 0),
+		"fragments": newMap(t, "fragments", 0), "held_fragments": newMap(t, "held_fragments", 0),
+		"held_cursor": newMap(t, "held_cursor", 0), "fragment_scratch": newMap(t, "fragment_scratch", 0),
 	}
 	f.Flows, f.counters = shared["flows"], shared["counters"]
 	f.Held, f.Cursor, f.Fragments = shared["held_fragments"], shared["held_cursor"], shared["fragments"]
@@ -79,11 +86,14 @@ func New(t testing.TB) *Fixture {
 	return f
 }
 
-func newMap(t testing.TB, name string) *ebpf.Map {
+func newMap(t testing.TB, name string, size uint32) *ebpf.Map {
 	t.Helper()
 	specs, err := bpf.MapSpecs()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if size != 0 {
+		specs[name].MaxEntries = size
 	}
 	m, err := ebpf.NewMap(specs[name])
 	if err != nil {
@@ -121,6 +131,12 @@ func (f *Fixture) FromNetdev() Hook {
 	return Hook{Program: bpf.ProgFromNetdev, Ifindex: f.ClientDevice, Ingress: f.ClientDevice}
 }
 
+// ToNetdev is the hook of what the node's own processes send to the outside.
+func (f *Fixture) ToNetdev() Hook { return Hook{Program: bpf.ProgToNetdev, Ifindex: f.ClientDevice} }
+
+// Program returns the fixture's instance of a program, for tests that run it in their own way.
+func (f *Fixture) Program(name string) *ebpf.Program { return f.progs[name] }
+
 // Result is what one run of a program did.
 type Result struct {
 	Action int
@@ -141,6 +157,13 @@ type buff struct {
 	_              [3]uint32
 }
 
+// Context is the hook as RunOptions.Context wants it.
+func Context(h Hook) any { return (&Fixture{}).context(h) }
+
+func (f *Fixture) context(h Hook) buff {
+	return buff{Ifindex: uint32(h.Ifindex), IngressIfindex: uint32(h.Ingress), GSOSize: f.GSOSize}
+}
+
 // Run runs the hook's program once on a frame.
 func (f *Fixture) Run(t testing.TB, h Hook, frame []byte) Result {
 	t.Helper()
@@ -158,7 +181,7 @@ func (f *Fixture) TryRun(t testing.TB, h Hook, frame []byte) (Result, error) {
 	before := f.Drops(t)
 	opts := &ebpf.RunOptions{
 		Data: frame, DataOut: make([]byte, len(frame)+256), Flags: f.Flags,
-		Context: buff{Ifindex: uint32(h.Ifindex), IngressIfindex: uint32(h.Ingress), GSOSize: f.GSOSize},
+		Context: f.context(h),
 	}
 	var action uint32
 	var err error
