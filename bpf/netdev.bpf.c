@@ -14,6 +14,17 @@ static __always_inline int is_overlay(const struct pkt *p)
 	return p->key.proto == IPPROTO_UDP && s && p->key.dport == s->overlay_port && s->overlay_ifindex;
 }
 
+/* into_netdev has sent it: translated already, for the host's stack. The overlay's MACs meant nothing. */
+static __always_inline int is_translated(struct __sk_buff *skb)
+{
+	struct ethhdr *eth = pkt_at(skb, 0, sizeof(*eth));
+
+	if (!eth || !mac_equal(eth->h_source, eth->h_dest))
+		return 0;
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return 1;
+}
+
 /*
  * What is for no pod and no service is the host's, unread: a packet that does not parse, ARP, ND. If it is for a pod after all,
  * the host's stack routes it to the pod's device, where to_pod drops it by name.
@@ -45,6 +56,8 @@ int from_netdev(struct __sk_buff *skb)
 {
 	struct pkt p = {.hook = HOOK_FROM_NETDEV, .direction = INGRESS};
 
+	if (unlikely(is_translated(skb)))
+		return TC_ACT_OK;
 	return finish(skb, &p, handle_from_netdev(skb, &p));
 }
 

@@ -51,7 +51,7 @@ static __always_inline __u32 node_flags(void)
  */
 static __always_inline __u32 flow_out_slot(const struct flow *f)
 {
-	return f->action == FLOW_TO_NETDEV || f->action == FLOW_TO_NODE ? EPOCH_SLOT_OUTSIDE : f->out_ifindex;
+	return f->action >= FLOW_TO_NETDEV ? EPOCH_SLOT_OUTSIDE : f->out_ifindex;
 }
 
 /* Nothing that the entry was computed from has changed since. Array lookups: a few instructions each, no hash. */

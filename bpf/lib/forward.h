@@ -54,6 +54,20 @@ static __always_inline int to_pod_device(struct __sk_buff *skb, const struct flo
 }
 
 /*
+ * For a backend that is this node itself, from the overlay: the stack's reverse path filter wants the client's packet from where it would
+ * send the answer. Nobody else's frame has one address at both ends; by that from_netdev knows it.
+ */
+static __always_inline int into_netdev(struct __sk_buff *skb, const struct flow *f)
+{
+	struct ethhdr *eth = pkt_at(skb, 0, sizeof(*eth));
+
+	if (!eth)
+		return -DROP_TRUNCATED;
+	mac_copy(eth->h_source, eth->h_dest);
+	return bpf_redirect(f->out_ifindex, BPF_F_INGRESS);
+}
+
+/*
  * The last step of every packet that is allowed: translation, then the way on. A packet without hops left goes to the stack as
  * it is, which answers with "time exceeded" and drops it; at to_pod and to_netdev the stack has taken the hop already, or it sends
  * itself. One that does not fit the way returns -DROP_TOO_BIG, untouched: the hook answers.
@@ -89,5 +103,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 		return bpf_redirect_neigh(f->out_ifindex, NULL, 0, 0);
 	if (f->action == FLOW_TO_NODE)
 		return overlay_forward(skb, f);
+	if (f->action == FLOW_INTO_NETDEV)
+		return into_netdev(skb, f);
 	return -DROP_INVALID_CONFIG;
 }

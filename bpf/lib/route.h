@@ -86,6 +86,23 @@ static __always_inline int way_from_pod(struct __sk_buff *skb, struct new_flow *
 	return r && (r->flags & ROUTE_OVERLAY) ? way_to_node(nf, FORWARD, r->node) : route_lookup(skb, nf);
 }
 
+/* The device by which the kernel would send to the client of a forwarded flow; 0: none. */
+static __always_inline __u32 device_to_client(struct __sk_buff *skb, const struct new_flow *nf)
+{
+	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
+
+	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
+	return fib_leads_out(bpf_fib_lookup(skb, &fib, sizeof(fib), 0)) ? fib.ifindex : 0;
+}
+
+/* To a backend that is this node itself, for a client whose packets another node has forwarded. */
+static __always_inline int way_into_stack(struct __sk_buff *skb, struct new_flow *nf)
+{
+	nf->action[FORWARD] = FLOW_INTO_NETDEV;
+	nf->out_ifindex[FORWARD] = device_to_client(skb, nf);
+	return nf->out_ifindex[FORWARD] ? 0 : -DROP_NO_ROUTE;
+}
+
 /* Where the opener's packets go. 1: nowhere that Margay serves; the packet is the host's. */
 static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow *nf)
 {
@@ -100,23 +117,16 @@ static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow
 		return way_from_pod(skb, nf);
 	nf->action[FORWARD] = FLOW_TO_STACK;
 	if (host_flow_is_ours(nf))
-		return 0;
+		return nf->flags & FLOW_FORWARDED ? way_into_stack(skb, nf) : 0;
 	return nf->flags & FLOW_SERVICE ? -DROP_NO_ROUTE : 1;
 }
 
 /* The kernel's way from the pod's node to a client that another node has forwarded (direct server return). */
 static __always_inline int way_to_client(struct __sk_buff *skb, struct new_flow *nf)
 {
-	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
-	long ret;
-
-	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
-	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-	if (!fib_leads_out(ret))
-		return -DROP_NO_ROUTE;
 	nf->action[REPLY] = FLOW_TO_NETDEV;
-	nf->out_ifindex[REPLY] = fib.ifindex;
-	return 0;
+	nf->out_ifindex[REPLY] = device_to_client(skb, nf);
+	return nf->out_ifindex[REPLY] ? 0 : -DROP_NO_ROUTE;
 }
 
 /* Where the answers go. */

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "f65de29aab9af4bb25162c5d"
+const build = "9886b340b546168c25162c5d"

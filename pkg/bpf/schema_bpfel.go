@@ -190,10 +190,11 @@ type dpFlow struct {
 type dpFlowAction uint32
 
 const (
-	dpFlowActionFLOW_TO_STACK  dpFlowAction = 1
-	dpFlowActionFLOW_TO_POD    dpFlowAction = 2
-	dpFlowActionFLOW_TO_NETDEV dpFlowAction = 3
-	dpFlowActionFLOW_TO_NODE   dpFlowAction = 4
+	dpFlowActionFLOW_TO_STACK    dpFlowAction = 1
+	dpFlowActionFLOW_TO_POD      dpFlowAction = 2
+	dpFlowActionFLOW_TO_NETDEV   dpFlowAction = 3
+	dpFlowActionFLOW_TO_NODE     dpFlowAction = 4
+	dpFlowActionFLOW_INTO_NETDEV dpFlowAction = 5
 )
 
 type dpFlowFlags uint32

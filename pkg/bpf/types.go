@@ -106,10 +106,11 @@ const (
 	VerdictAllow = uint32(dpPolicyVerdictVERDICT_ALLOW)
 	VerdictDeny  = uint32(dpPolicyVerdictVERDICT_DENY)
 
-	FlowToStack  = uint8(dpFlowActionFLOW_TO_STACK)
-	FlowToPod    = uint8(dpFlowActionFLOW_TO_POD)
-	FlowToNetdev = uint8(dpFlowActionFLOW_TO_NETDEV)
-	FlowToNode   = uint8(dpFlowActionFLOW_TO_NODE)
+	FlowToStack    = uint8(dpFlowActionFLOW_TO_STACK)
+	FlowToPod      = uint8(dpFlowActionFLOW_TO_POD)
+	FlowToNetdev   = uint8(dpFlowActionFLOW_TO_NETDEV)
+	FlowToNode     = uint8(dpFlowActionFLOW_TO_NODE)
+	FlowIntoNetdev = uint8(dpFlowActionFLOW_INTO_NETDEV)
 
 	FlowReply         = uint16(dpFlowFlagsFLOW_REPLY)
 	FlowNAT           = uint16(dpFlowFlagsFLOW_NAT)

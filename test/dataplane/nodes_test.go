@@ -5,7 +5,9 @@ package dataplane
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -106,5 +108,53 @@ func TestNodePortOnAnotherNode(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestRow15_HostNetworkBackendOnAnotherNode: the backend is a process of node 1 itself. It sees the client's own address, and its answer,
+// which its node would send straight to the client, goes back the way that it has to, also past a strict reverse path filter.
+func TestRow15_HostNetworkBackendOnAnotherNode(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string]uint32{"tunnel": 0, "dsr": bpf.ServiceDSR} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ways(t, func(t *testing.T, c *nodetest.Cluster, v6 bool) {
+				n1 := c.Nodes[1]
+				nodetest.Serve(t, n1.NS, "node1", 8080)
+				n1.NS.Do(func() { strictRPFilter(t) })
+				server := netip.AddrPortFrom(family(n1.Addrs, v6), 8080)
+				id := uint32(0)
+				for _, proto := range protocols {
+					id++
+					unspecified := family([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, v6)
+					c.AddService(id, bpf.NewFrontendKey(proto, unspecified, 30080), flags, server)
+				}
+				client := party{c.Client, family(nodetest.ClientAddrs, v6)}
+				for network := range protocols {
+					conn, err := nodetest.Dial(t, client.ns, network, netip.AddrPortFrom(family(c.Nodes[0].Addrs, v6), 30080), 0)
+					if err != nil {
+						t.Fatalf("%s: %v", network, err)
+					}
+					for range 3 {
+						got, err := conn.Ask()
+						wantAnswer(t, network+" to the host-network backend", got, err, "node1 "+client.addr.String())
+					}
+				}
+				client.addr = family([]netip.Addr{netip.MustParseAddr("192.1.2.100"), netip.MustParseAddr("2001:db8:1:1::100")}, v6)
+				wantTalk(t, "to it directly", client, server, "node1")
+			})
+		})
+	}
+}
+
+// strictRPFilter sets the reverse path filter of every device in the calling thread's namespace (IPv6 has none).
+func strictRPFilter(t *testing.T) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/sys/net/ipv4/conf/*/rp_filter")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("reverse path filters: %v, %v", files, err)
+	}
+	for _, file := range files {
+		wantNoError(t, "set "+file, os.WriteFile(file, []byte("1"), 0))
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -165,7 +166,7 @@ func (c *Cluster) AddService(id uint32, frontend bpf.FrontendKey, flags uint32, 
 	for _, n := range c.Nodes {
 		n.AddService(id, frontend, backends...)
 		for _, b := range backends {
-			if n.hasPod(b.Addr()) {
+			if n.hasPod(b.Addr()) || slices.Contains(n.Addrs, b.Addr()) {
 				list := bpf.BackendByHash | id
 				n.Put(n.DP.Maps.Backends, bpf.BackendKey{List: list, Slot: bpf.BackendHash(b)}, bpf.NewBackend(b))
 				// For a choice that is not there any more.
