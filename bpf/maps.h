@@ -78,7 +78,7 @@ struct {
 	__type(value, struct route);
 } routes SEC(".maps");
 
-/* Device → the addresses that masqueraded traffic leaves it with. Written and deleted by the agent. */
+/* Device → the addresses that masqueraded traffic leaves it with; 0: any device without an entry. Written and deleted by the agent. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1024);

@@ -31,6 +31,10 @@ __noinline int masquerade(struct new_flow *nf, __u32 ifindex)
 	if (!nf->src.ifindex || !(node_flags() & NODE_MASQUERADE) || knows_pods(&nf->post.dst))
 		return 0;
 	e = bpf_map_lookup_elem(&egress_addrs, &key);
+	if (!e) {
+		key = 0;
+		e = bpf_map_lookup_elem(&egress_addrs, &key);
+	}
 	if (!e)
 		return -DROP_NO_EGRESS_ADDRESS;
 	nf->post.src = addr_is_v4(&nf->post.dst) ? e->v4 : e->v6;

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "9886b340b546168c25162c5d"
+const build = "5525160f5e71af1925162c5d"

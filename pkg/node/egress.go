@@ -35,15 +35,16 @@ func ParseEgressOverride(s string) (EgressOverride, error) {
 }
 
 // egress chooses the addresses for each device: what is configured for it, what is configured for all, its own first one that new
-// connections may start from, and at last the node's primary one.
+// connections may start from, and at last the node's primary one. Index 0 has what serves the devices that are not the node's ways out, such
+// as another container runtime's bridge.
 func (b *compilation) egress() {
-	for _, d := range b.machine.Devices {
+	for _, d := range append([]Device{{}}, b.machine.Devices...) {
 		var e Egress
 		for _, f := range []struct {
 			out *netip.Addr
 			v6  bool
 		}{{&e.V4, false}, {&e.V6, true}} {
-			for _, from := range [][]netip.Addr{b.overrides(d.Name), b.overrides(""), d.Usable, b.result.Own} {
+			for _, from := range [][]netip.Addr{b.overridesOf(d), b.overrides(""), d.Usable, b.result.Own} {
 				if *f.out = first(from, f.v6); f.out.IsValid() {
 					break
 				}
@@ -58,6 +59,14 @@ func (b *compilation) egress() {
 			b.problem(b.name, "egress address %s is on no device of this machine: answers come back only if somebody routes it here", o.Addr)
 		}
 	}
+}
+
+// overridesOf is what is configured for the device itself.
+func (b *compilation) overridesOf(d Device) []netip.Addr {
+	if d.Name == "" {
+		return nil
+	}
+	return b.overrides(d.Name)
 }
 
 func (b *compilation) overrides(device string) (out []netip.Addr) {

@@ -182,6 +182,22 @@ func TestMasqueradeWithoutEgressAddress(t *testing.T) {
 	})
 }
 
+// A device that is none of the node's ways out, such as another runtime's bridge, has no addresses of its own: those of index 0 serve it.
+func TestMasqueradeByAnyDevice(t *testing.T) {
+	t.Parallel()
+	f := masquerading(t)
+	var egress bpf.EgressAddrs
+	must(t, f.DP.Maps.EgressAddrs.Lookup(uint32(f.ClientDevice), &egress))
+	must(t, f.DP.Maps.EgressAddrs.Delete(uint32(f.ClientDevice)))
+	must(t, f.DP.Maps.EgressAddrs.Put(uint32(0), egress))
+	families(t, f, func(t *testing.T, v6 bool) {
+		for _, kind := range kinds {
+			open := fromPod(f.A, kind, outside(v6))
+			redirected(t, f, kind.String(), progtest.FromPod(f.A), open, leaves(open, sport))
+		}
+	})
+}
+
 // Where pods are known by their own addresses they keep them, and so does everything on a node that does not masquerade.
 func TestMasqueradeExceptions(t *testing.T) {
 	t.Parallel()
