@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/link"
+	"github.com/margay-cni/margay/pkg/netfilter"
 )
 
 // dumpAttempts bounds how often a dump is repeated that the kernel marks as inconsistent.
@@ -163,6 +164,15 @@ func routeItems() ([]item, error) {
 		}
 	}
 	return items, nil
+}
+
+// nftablesItems finds the table with which the agent keeps conntrack away from the overlay.
+func nftablesItems() ([]item, error) {
+	there, err := netfilter.Exists()
+	if err != nil || !there {
+		return nil, err
+	}
+	return []item{{"nftables table", "inet " + netfilter.Table, netfilter.Remove}}, nil
 }
 
 // ignore drops the errors by which the kernel says that a thing is gone already.
