@@ -172,7 +172,11 @@ func nftablesItems() ([]item, error) {
 	if err != nil || !there {
 		return nil, err
 	}
-	return []item{{"nftables table", "inet " + netfilter.Table, netfilter.Remove}}, nil
+	remove := func() error {
+		_, err := netfilter.Remove()
+		return err
+	}
+	return []item{{"nftables table", "inet " + netfilter.Table, remove}}, nil
 }
 
 // ignore drops the errors by which the kernel says that a thing is gone already.

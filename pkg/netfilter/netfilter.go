@@ -88,21 +88,21 @@ func Exists() (bool, error) {
 	return there, notThere(err)
 }
 
-// Remove removes our table with everything in it. One that is not there is success, and so is a kernel without nf_tables.
-func Remove() error {
+// Remove removes our table with everything in it, and reports whether it was there. A kernel without nf_tables is success.
+func Remove() (removed bool, err error) {
 	there, err := Exists()
 	if err != nil || !there {
-		return err
+		return false, err
 	}
 	c, err := nftables.New()
 	if err != nil {
-		return fmt.Errorf("open netlink socket of netfilter: %w", err)
+		return false, fmt.Errorf("open netlink socket of netfilter: %w", err)
 	}
 	c.DelTable(table())
 	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("remove nftables table %s: %w", Table, err)
+		return false, fmt.Errorf("remove nftables table %s: %w", Table, err)
 	}
-	return nil
+	return true, nil
 }
 
 func table() *nftables.Table {
@@ -186,7 +186,7 @@ func equal(a, b []expr.Any) bool {
 func unsupported(err error) error {
 	for _, errno := range []unix.Errno{unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT, unix.EINVAL, unix.EOPNOTSUPP, unix.ENOENT} {
 		if errors.Is(err, errno) {
-			return errors.Join(ErrUnsupported, err)
+			return fmt.Errorf("%w: %w", ErrUnsupported, err)
 		}
 	}
 	return err

@@ -82,8 +82,8 @@ func TestEnsureNotrack(t *testing.T) {
 			if got, err := netfilter.Exists(); got != want || err != nil {
 				t.Errorf("Exists() = %v, %v, want %v", got, err, want)
 			}
-			if err := netfilter.Remove(); err != nil {
-				t.Errorf("Remove() = %v", err)
+			if got, err := netfilter.Remove(); got != want || err != nil {
+				t.Errorf("Remove() = %v, %v, want %v", got, err, want)
 			}
 		}
 		wantRuleset(t, others)
