@@ -3,121 +3,21 @@
 package dataplane
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/margay-cni/margay/internal/testutil/firewalltest"
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 )
-
-// The node's own ports that its firewall lets in.
-const (
-	ownPort    = 9090 // a server
-	silentPort = 9191 // a socket of which the test reads what arrives
-)
-
-// firewall is the rules of a hardened node: it forwards nothing, judges source addresses by the route back, and lets in what
-// docs/install.md says that the overlay needs.
-type firewall struct {
-	name      string
-	conntrack bool // whether rules use it
-	once      bool // enough with one way between nodes: the hooks are those of the one before
-	apply     func(t *testing.T)
-}
-
-// reversePath is strict reverse path filtering for IPv6, of which the kernel has none of its own; firewalld's default rules have it.
-const reversePath = `
-	chain reverse-path {
-		type filter hook prerouting priority 0
-		icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-advert } accept
-		meta nfproto ipv6 fib saddr . iif oif missing drop
-	}`
-
-var firewalls = []firewall{
-	{"nftables without conntrack", false, false, func(t *testing.T) {
-		pipe(t, `table inet firewall {`+reversePath+`
-	chain forward {
-		type filter hook forward priority 0; policy drop
-	}
-}`, "nft", "-f", "-")
-	}},
-	{"nftables", true, false, func(t *testing.T) {
-		pipe(t, `table inet firewall {`+reversePath+fmt.Sprintf(`
-	chain forward {
-		type filter hook forward priority 0; policy drop
-		ct state established,related accept
-	}
-	chain input {
-		type filter hook input priority 0; policy drop
-		iif lo accept
-		ct state established,related accept
-		ct state invalid drop
-		meta l4proto { icmp, icmpv6 } accept
-		udp dport %d accept
-		meta l4proto { tcp, udp } th dport { %d, %d } accept
-	}
-}`, nodetest.OverlayPort, ownPort, silentPort), "nft", "-f", "-")
-	}},
-	{"iptables", true, true, func(t *testing.T) {
-		for command, icmp := range map[string]string{"iptables-restore": "icmp", "ip6tables-restore": "icmpv6"} {
-			rules := fmt.Sprintf(`*filter
-:INPUT DROP
-:FORWARD DROP
-:OUTPUT ACCEPT
--A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
--A INPUT -i lo -j ACCEPT
--A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
--A INPUT -p %s -j ACCEPT
--A INPUT -p udp --dport %d -j ACCEPT
--A INPUT -p tcp --dport %d -j ACCEPT
--A INPUT -p udp --dport %d:%d -j ACCEPT
-COMMIT
-`, icmp, nodetest.OverlayPort, ownPort, ownPort, silentPort)
-			pipe(t, rules, command)
-		}
-		// iptables' match rpfilter does for IPv6 what the sysctl does for IPv4.
-		pipe(t, "*raw\n-A PREROUTING -m rpfilter --invert -j DROP\nCOMMIT\n", "ip6tables-restore", "--noflush")
-	}},
-}
-
-// pipe runs a command with its standard input, in the calling thread's namespace.
-func pipe(t *testing.T, in, command string, args ...string) {
-	t.Helper()
-	cmd := exec.Command(command, args...)
-	cmd.Stdin = strings.NewReader(in)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s\n%s", cmd, err, out, in)
-	}
-}
-
-// harden applies the firewall in a node's namespace, and strict rp_filter on every device there and in its pods.
-func harden(t *testing.T, f firewall, node *netnstest.NS, pods ...*netnstest.NS) {
-	t.Helper()
-	node.Do(func() { f.apply(t) })
-	for _, ns := range append(pods, node) {
-		ns.Do(func() {
-			settings, err := filepath.Glob("/proc/sys/net/ipv4/conf/*/rp_filter")
-			must(t, "list devices", err)
-			if len(settings) < 3 {
-				t.Fatalf("settings = %q, want those of all, default and each device", settings)
-			}
-			for _, path := range settings {
-				must(t, "set rp_filter", os.WriteFile(path, []byte("1"), 0))
-			}
-		})
-	}
-}
 
 // must ends the test where its set-up fails.
 func must(t *testing.T, what string, err error) {
@@ -220,14 +120,14 @@ func (p *plainHost) wantForeign(t *testing.T, want bool) {
 		var server net.PacketConn
 		p.node.NS.Do(func() {
 			var err error
-			server, err = net.ListenPacket("udp", ":"+strconv.Itoa(silentPort))
+			server, err = net.ListenPacket("udp", ":"+strconv.Itoa(firewalltest.UDPPort))
 			must(t, "listen", err)
 		})
 		defer server.Close()
 		for _, from := range []netip.Addr{family(p.addrs, v6), family(foreign, v6)} {
 			p.ns.Do(func() {
 				c, err := net.DialUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0)),
-					net.UDPAddrFromAddrPort(netip.AddrPortFrom(family(p.node.Addrs, v6), silentPort)))
+					net.UDPAddrFromAddrPort(netip.AddrPortFrom(family(p.node.Addrs, v6), firewalltest.UDPPort)))
 				must(t, "open a UDP socket", err)
 				defer c.Close()
 				_, err = c.Write([]byte("hello"))

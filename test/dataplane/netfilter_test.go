@@ -3,17 +3,14 @@
 package dataplane
 
 import (
-	"net"
 	"net/netip"
-	"os"
-	"strconv"
+	"os/exec"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
+	"github.com/margay-cni/margay/internal/testutil/firewalltest"
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 	"github.com/margay-cni/margay/pkg/bpf"
@@ -48,7 +45,7 @@ const (
 	farDSRPort
 )
 
-func newHardened(t *testing.T, opts nodetest.ClusterOptions, f firewall) *hardened {
+func newHardened(t *testing.T, opts nodetest.ClusterOptions, f firewalltest.Firewall) *hardened {
 	t.Helper()
 	h := &hardened{Cluster: nodetest.NewCluster(t, 2, opts)}
 	n0, n1 := h.Nodes[0], h.Nodes[1]
@@ -56,8 +53,8 @@ func newHardened(t *testing.T, opts nodetest.ClusterOptions, f firewall) *harden
 	for name, ns := range map[string]*netnstest.NS{"a": h.a.NS, "peer": h.peer.NS, "b": h.b.NS} {
 		nodetest.Serve(t, ns, name, 8080)
 	}
-	nodetest.Serve(t, n0.NS, "node0", ownPort)
-	nodetest.Serve(t, n1.NS, "node1", ownPort)
+	nodetest.Serve(t, n0.NS, "node0", firewalltest.OpenPort)
+	nodetest.Serve(t, n1.NS, "node1", firewalltest.OpenPort)
 	nodetest.Serve(t, h.Client, "outside", outsidePort)
 	id := uint32(0)
 	for _, proto := range protocols {
@@ -79,8 +76,8 @@ func newHardened(t *testing.T, opts nodetest.ClusterOptions, f firewall) *harden
 	h.plain = newPlainHost(t, h.Cluster)
 	h.plain.wantForwarding(t, h.Cluster, true)
 	h.plain.wantForeign(t, true)
-	harden(t, f, n0.NS, h.a.NS, h.peer.NS)
-	harden(t, f, n1.NS, h.b.NS)
+	f.Harden(t, n0.NS, h.a.NS, h.peer.NS)
+	f.Harden(t, n1.NS, h.b.NS)
 	h.plain.wantForwarding(t, h.Cluster, false)
 	h.plain.wantForeign(t, false)
 	return h
@@ -121,10 +118,17 @@ func (h *hardened) wantOwn(t *testing.T, v6 bool) {
 	t.Helper()
 	n0, n1 := h.Nodes[0], h.Nodes[1]
 	a, node0 := party{h.a.NS, h.a.Addr(v6)}, party{n0.NS, family(n0.Addrs, v6)}
-	wantTalk(t, "pod to its node", a, netip.AddrPortFrom(node0.addr, ownPort), "node0")
-	wantTalk(t, "pod to the other node", a, netip.AddrPortFrom(family(n1.Addrs, v6), ownPort), "node1")
+	wantTalk(t, "pod to its node", a, netip.AddrPortFrom(node0.addr, firewalltest.OpenPort), "node0")
+	wantTalk(t, "pod to the other node", a, netip.AddrPortFrom(family(n1.Addrs, v6), firewalltest.OpenPort), "node1")
 	wantTalk(t, "node to its pod", node0, netip.AddrPortFrom(a.addr, 8080), "a")
 	wantTalk(t, "node to the other's pod", node0, netip.AddrPortFrom(h.b.Addr(v6), 8080), "b")
+	// A packet without hops left is the stack's to answer, which it does before its rules about forwarding.
+	a.ns.Do(func() {
+		out, err := exec.Command("ping", "-n", "-c1", "-W1", "-t1", h.b.Addr(v6).String()).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "Time to live exceeded") && !strings.Contains(string(out), "Hop limit") {
+			t.Errorf("ping with one hop: %v, want the node's answer\n%s", err, out)
+		}
+	})
 }
 
 // wantNoDrops asserts that Margay itself dropped nothing.
@@ -141,12 +145,12 @@ func (h *hardened) wantNoDrops(t *testing.T) {
 // pods, with conntrack at work and without.
 func TestForwardDropStrictRPFilter(t *testing.T) {
 	t.Parallel()
-	for _, f := range firewalls {
+	for _, f := range []firewalltest.Firewall{firewalltest.WithoutConntrack, firewalltest.NFTables, firewalltest.IPTables} {
 		for _, mode := range clusterModes {
-			if f.once && mode.opts != (nodetest.ClusterOptions{}) {
-				continue
+			if f.Name == firewalltest.IPTables.Name && mode.opts != (nodetest.ClusterOptions{}) {
+				continue // the hooks are those of nftables
 			}
-			t.Run(f.name+"/"+mode.name, func(t *testing.T) {
+			t.Run(f.Name+"/"+mode.name, func(t *testing.T) {
 				t.Parallel()
 				h := newHardened(t, mode.opts, f)
 				families(t, func(t *testing.T, v6 bool) {
@@ -155,8 +159,8 @@ func TestForwardDropStrictRPFilter(t *testing.T) {
 				})
 				h.wantNoDrops(t)
 				for i, n := range h.Nodes {
-					if used := tracked(t, n.NS) > 0; used != f.conntrack {
-						t.Errorf("conntrack is in use on node %d: %v, want %v", i, used, f.conntrack)
+					if used := firewalltest.Tracked(t, n.NS) > 0; used != f.Conntrack {
+						t.Errorf("conntrack is in use on node %d: %v, want %v", i, used, f.Conntrack)
 					}
 				}
 			})
@@ -171,10 +175,10 @@ func TestForwardDropStrictRPFilter(t *testing.T) {
 func TestForwardDropStrictRPFilterFullConntrack(t *testing.T) {
 	for _, mode := range clusterModes {
 		t.Run(mode.name, func(t *testing.T) {
-			h := newHardened(t, mode.opts, firewalls[1])
-			limit := limitConntrack(t)
+			h := newHardened(t, mode.opts, firewalltest.NFTables)
+			limit := firewalltest.LimitConntrack(t)
 			for _, n := range h.Nodes {
-				fillConntrack(t, n.NS, limit)
+				firewalltest.FillConntrack(t, n.NS, limit)
 			}
 			families(t, func(t *testing.T, v6 bool) {
 				node0, outside := h.Nodes[0], netip.AddrPortFrom(family(nodetest.ClientAddrs, v6), outsidePort)
@@ -194,73 +198,11 @@ func TestForwardDropStrictRPFilterFullConntrack(t *testing.T) {
 			}
 			families(t, h.wantForwarded)
 			for i, n := range h.Nodes {
-				if got := tracked(t, n.NS); got < limit {
+				if got := firewalltest.Tracked(t, n.NS); got < limit {
 					t.Errorf("connections that conntrack knows on node %d = %d, want still %d", i, got, limit)
 				}
 			}
 			h.wantNoDrops(t)
 		})
 	}
-}
-
-const (
-	conntrackMax   = "/proc/sys/net/netfilter/nf_conntrack_max"
-	conntrackCount = "/proc/sys/net/netfilter/nf_conntrack_count"
-)
-
-// tracked returns how many connections conntrack knows in a namespace.
-func tracked(t *testing.T, ns *netnstest.NS) (n int) {
-	t.Helper()
-	ns.Do(func() { n = readNumber(t, conntrackCount) })
-	return n
-}
-
-func readNumber(t *testing.T, path string) int {
-	t.Helper()
-	b, err := os.ReadFile(path)
-	must(t, "read a setting", err)
-	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	must(t, "read a setting", err)
-	return n
-}
-
-// limitConntrack lowers the number of connections that conntrack knows in any one namespace, until the test ends, and returns it. It leaves
-// room for what the machine itself has open. Tests in other processes wait for each other at a lock on the setting.
-func limitConntrack(t *testing.T) int {
-	t.Helper()
-	f, err := os.OpenFile(conntrackMax, os.O_RDWR, 0)
-	must(t, "open the machine's limit, which the first network namespace only may write", err)
-	t.Cleanup(func() { f.Close() }) // and with it the lock
-	must(t, "lock the machine's limit", unix.Flock(int(f.Fd()), unix.LOCK_EX))
-	before, limit := readNumber(t, conntrackMax), readNumber(t, conntrackCount)+200
-	set := func(n int) error { return os.WriteFile(conntrackMax, []byte(strconv.Itoa(n)), 0) }
-	t.Cleanup(func() {
-		if err := set(before); err != nil {
-			t.Errorf("put the machine's limit back to %d: %v", before, err)
-		}
-	})
-	must(t, "lower the machine's limit", set(limit))
-	return limit
-}
-
-// fillConntrack opens connections inside a namespace, which stay open, until conntrack has no room there: established ones, which make no
-// room for others.
-func fillConntrack(t *testing.T, ns *netnstest.NS, limit int) {
-	t.Helper()
-	ns.Do(func() {
-		server, err := net.Listen("tcp", "127.0.0.1:0")
-		must(t, "listen", err)
-		t.Cleanup(func() { server.Close() })
-		must(t, "empty the table", netlink.ConntrackTableFlush(netlink.ConntrackTable))
-		for i := 0; readNumber(t, conntrackCount) < limit; i++ {
-			if i > 2*limit {
-				t.Fatalf("after %d connections conntrack knows %d, want %d", i, readNumber(t, conntrackCount), limit)
-			}
-			c, err := net.Dial("tcp", server.Addr().String())
-			must(t, "connect", err)
-			accepted, err := server.Accept()
-			must(t, "accept", err)
-			t.Cleanup(func() { c.Close(); accepted.Close() })
-		}
-	})
 }
