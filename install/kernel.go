@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/link"
+	"github.com/margay-cni/margay/pkg/netfilter"
 )
 
 // dumpAttempts bounds how often a dump is repeated that the kernel marks as inconsistent.
@@ -171,6 +172,19 @@ func routeItems() ([]item, error) {
 // isOurs tells devices that we made, with which everything on them goes: pods' host-side ends, and the overlay device under whatever name.
 func isOurs(name, kind, alias string) bool {
 	return strings.HasPrefix(name, link.HostPrefix) || (kind == "vxlan" && alias == link.OverlayAlias)
+}
+
+// nftablesItems finds the table with which the agent keeps conntrack away from the overlay.
+func nftablesItems() ([]item, error) {
+	there, err := netfilter.Exists()
+	if err != nil || !there {
+		return nil, err
+	}
+	remove := func() error {
+		_, err := netfilter.Remove()
+		return err
+	}
+	return []item{{"nftables table", "inet " + netfilter.Table, remove}}, nil
 }
 
 // ignore drops the errors by which the kernel says that a thing is gone already.

@@ -77,6 +77,7 @@ func inventory(o *options, conn *link.Conn) ([]item, error) {
 		func() ([]item, error) { return filterItems(o) },
 		func() ([]item, error) { return deviceItems(conn) },
 		routeItems,
+		nftablesItems,
 		func() ([]item, error) { return pinItems(o) },
 		func() ([]item, error) { return mountItems(o) },
 		func() ([]item, error) { return sysctlItems(o) },

@@ -26,6 +26,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/netfilter"
 )
 
 // machine is a node with a kernel side: a network namespace with a NIC, somebody else's bridge and filter, and a bpffs.
@@ -56,6 +57,8 @@ func newMachine(t *testing.T) *machine {
 			m.must(netlink.LinkSetUp(m.device(name)))
 		}
 		m.ip("address", "add", "192.0.2.1/24", "dev", "eth0")
+		m.nft("table inet others { chain input { type filter hook input priority 0; udp dport 8472 accept; }; }")
+		m.nft("table ip margay {}") // of another family, so not ours
 		m.ip("-6", "address", "add", "2001:db8::1/64", "dev", "eth0", "nodad")
 		m.await("ip -6 route show table local", "local 2001:db8::1 ")
 		m.clsact("eth1")
@@ -88,6 +91,13 @@ func (m *machine) ip(args ...string) {
 	m.t.Helper()
 	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
 		m.t.Fatalf("ip %v: %v: %s", args, err, out)
+	}
+}
+
+func (m *machine) nft(rules string) {
+	m.t.Helper()
+	if out, err := exec.Command("nft", rules).CombinedOutput(); err != nil {
+		m.t.Fatalf("nft %s: %v: %s", rules, err, out)
 	}
 }
 
@@ -149,8 +159,8 @@ func (m *machine) ok(args ...string) string {
 	return out
 }
 
-// occupy does to the machine what Margay at work does: pins, filters on a NIC and on an adopted interface, a pod's device and route, a
-// record, leases, changed settings.
+// occupy does to the machine what Margay at work does: pins, filters on a NIC and on an adopted interface, a pod's device and route, an
+// nftables table, a record, leases, changed settings.
 func (m *machine) occupy() {
 	m.t.Helper()
 	m.ok("--bin-dir", "/usr/local/bin")
@@ -184,6 +194,9 @@ func (m *machine) occupy() {
 		m.ip("-6", "route", "add", "fd00:246::/64", "via", "2001:db8::2", "proto", "78")
 		m.ip("route", "add", "unreachable", "10.244.0.0/24", "proto", "78", "metric", "16777216")
 		m.ip("-6", "route", "add", "unreachable", "fd00:244::/64", "proto", "78", "metric", "16777216")
+		if changed, err := netfilter.EnsureNotrack(8472); err != nil || !changed {
+			m.t.Fatalf("EnsureNotrack() = %v, %v, want true", changed, err)
+		}
 		for _, s := range []string{"net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding", "net/ipv4/conf/mgy0123/rp_filter"} {
 			path := filepath.Join("/proc/sys", strings.TrimPrefix(s, "/proc/sys/"))
 			before, err := os.ReadFile(path)
@@ -214,7 +227,7 @@ func (m *machine) state() map[string]string {
 		for _, command := range []string{
 			"ip -details link", "ip address", "ip route show table all", "ip -6 route show table all", "ip rule", "ip neigh", "tc qdisc",
 			"tc filter show dev eth0 ingress", "tc filter show dev eth0 egress", "tc filter show dev eth1 ingress", "tc filter show dev eth1 egress",
-			"tc filter show dev veth1234 ingress", "tc filter show dev veth1234 egress",
+			"tc filter show dev veth1234 ingress", "tc filter show dev veth1234 egress", "nft list ruleset",
 			"cat /proc/sys/net/ipv4/ip_forward", "cat /proc/sys/net/ipv6/conf/all/forwarding",
 		} {
 			words := strings.Fields(command)
@@ -293,7 +306,7 @@ func TestUninstallDryRun(t *testing.T) {
 	for _, want := range []string{
 		"in use        pod default/web, eth0 on mgy0123: 10.244.0.9 fd00:244::9",
 		"conflist " + conflistPath, "device mgy0123", "tc filters on eth0: ingress from_netdev", "tc filters on veth1234: ingress margay/from_pod, egress margay/to_pod",
-		"route 10.96.0.0/12", "route fd00:96::/112", "maps/node_state_v1", "changed setting net/ipv4/ip_forward, back to 0",
+		"route 10.96.0.0/12", "route fd00:96::/112", "nftables table inet margay", "maps/node_state_v1", "changed setting net/ipv4/ip_forward, back to 0",
 		"run directory /run/margay", "binary /usr/local/bin/margayctl", "binary /opt/cni/bin/margay-ipam",
 	} {
 		if !strings.Contains(out, want) {

@@ -140,7 +140,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer conn.Close()
 	w := &nodeWatcher{
 		attach: cfg.Attach, log: cfg.Log, devices: cfg.Devices, resync: cfg.Resync, records: newMailbox[[]*endpoint.Record](),
-		network: systemNetwork{conn}, vxlan: cfg.Reach.device(cfg.Node), wants: newMailbox[*wantedNetwork](),
+		network: systemNetwork{conn}, rules: systemNetfilter{}, vxlan: cfg.Reach.device(cfg.Node), wants: newMailbox[*wantedNetwork](),
 		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now,
 	}
 	p.network = w.wants.put

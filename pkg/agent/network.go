@@ -76,6 +76,7 @@ func (w *nodeWatcher) applyNetwork(s *survey, verify bool) (changed bool) {
 	if w.want == nil {
 		return w.adoptOverlay(s, verify)
 	}
+	w.applyNotrack(verify)
 	changed = w.applyOverlay(s, verify)
 	if w.syncRoutes(s, changed || verify) {
 		changed = true

@@ -65,6 +65,8 @@ type nodeWatcher struct {
 	// vxlan is the overlay device, without its MTU.
 	vxlan   link.VXLAN
 	network network
+	// rules is the node's netfilter; nil leaves it alone.
+	rules   notracker
 	resync  time.Duration
 	records mailbox[[]*endpoint.Record]
 	wants   mailbox[*wantedNetwork]
@@ -86,6 +88,8 @@ type nodeWatcher struct {
 	// overlayErr, routesErr and mtuErrs are what keeps the network from being as wanted.
 	overlayErr, routesErr error
 	mtuErrs               []string
+	// notrackErr is why conntrack may know the overlay's packets.
+	notrackErr error
 }
 
 // run surveys the node at the start, at every change and at every tick, until ctx ends. changes and removals are fed by subscribe.
@@ -181,11 +185,12 @@ func (w *nodeWatcher) survey(verify bool) bool {
 		addrs: addrs, routes: s.fingerprint(), devices: chosen, machine: machine, overlay: w.overlay,
 		overlayDevice: w.overlayStatus(s), problems: w.networkProblems(),
 	}
+	facts.problems = append(facts.problems, w.notrackProblems()...)
 	if !reflect.DeepEqual(facts, w.last) {
 		w.last = facts
 		w.publish(facts)
 	}
-	return len(c.fresh) > 0 || len(facts.problems) > 0
+	return len(c.fresh) > 0 || len(w.networkProblems()) > 0
 }
 
 // fresh returns the veth devices that appeared a moment ago. What is there at the start is old enough.

@@ -23,7 +23,7 @@ var floors = map[string]int{
 	"plugin": 5, "ipam": 5, "agent": 5, "ctl": 5, "install": 5,
 	"pkg/agent": 4, "pkg/cni": 4,
 	"pkg/k8s": 3, "pkg/manifest": 3, "pkg/policy": 3, "pkg/service": 3, "pkg/node": 3, "pkg/datapath": 3, "pkg/flow": 3,
-	"pkg/state": 2, "pkg/endpoint": 2, "pkg/bpf": 2, "pkg/link": 2, "pkg/netns": 2, "pkg/ipam": 2,
+	"pkg/state": 2, "pkg/endpoint": 2, "pkg/bpf": 2, "pkg/link": 2, "pkg/netfilter": 2, "pkg/netns": 2, "pkg/ipam": 2,
 	"pkg/addr": 1, "conf": 1,
 }
 
@@ -51,6 +51,11 @@ var bans = []ban{
 		why:     "pods start without a daemon and without the API server, and every process start pays for what a binary links",
 	},
 	{
+		from:    []string{"plugin", "ipam", "pkg/cni"},
+		imports: []string{module + "pkg/netfilter", "github.com/google/nftables"},
+		why:     "the nftables table is the agent's, and every process start pays for what a binary links",
+	},
+	{
 		from:    []string{"pkg/addr"},
 		imports: []string{module},
 		why:     "everything may use addresses, so addresses use nothing of ours",
@@ -61,7 +66,7 @@ var bans = []ban{
 		why:     "the map types are the contract between programs and user space; devices and API objects are none of its business",
 	},
 	{
-		from:    []string{"pkg/datapath", "pkg/flow", "pkg/link", "pkg/netns"},
+		from:    []string{"pkg/datapath", "pkg/flow", "pkg/link", "pkg/netfilter", "pkg/netns"},
 		imports: []string{"k8s.io"},
 		why:     "what reaches the kernel does not know where it came from: both sources fill the same state",
 	},
