@@ -57,7 +57,21 @@ func New(t testing.TB) *Fixture {
 // NewSized is New with a flow table of so many entries; 0: as shipped.
 func NewSized(t testing.TB, flows uint32) *Fixture {
 	t.Helper()
-	f := &Fixture{Node: nodetest.New(t), progs: map[string]*ebpf.Program{}}
+	return on(t, nodetest.New(t), flows)
+}
+
+// NewCluster is New on each of two nodes that reach each other. What one fixture's program lets out is the other's to take in: the test is
+// the wire between them. Metadata of an outer header is no part of a test run, so from_overlay is not; test/dataplane has it live.
+func NewCluster(t testing.TB, opts nodetest.ClusterOptions) (c *nodetest.Cluster, first, second *Fixture) {
+	t.Helper()
+	c = nodetest.NewCluster(t, 2, opts)
+	return c, on(t, c.Nodes[0], 0), on(t, c.Nodes[1], 0)
+}
+
+// on adds two pods to the node and loads the programs once more, for test runs.
+func on(t testing.TB, n *nodetest.Node, flows uint32) *Fixture {
+	t.Helper()
+	f := &Fixture{Node: n, progs: map[string]*ebpf.Program{}}
 	f.A, f.B = f.AddPod("a"), f.AddPod("b")
 	shared := map[string]*ebpf.Map{
 		"endpoints": f.DP.Maps.Endpoints, "endpoint_epochs": f.DP.Maps.EndpointEpochs, "ipcache": f.DP.Maps.IPCache,
