@@ -60,10 +60,10 @@ static __always_inline int handle_flow(struct __sk_buff *skb, struct pkt *p)
 }
 
 /*
- * A fragment goes the way of its flow; a later one is judged by the first one's ports. Not global, because p->key is a map's key here
- * (policy.h).
+ * A fragment goes the way of its flow; a later one is judged by the first one's ports. No function of its own: in 6.1 the stack of
+ * one more, below connect, would be too much.
  */
-static __noinline int handle_fragment(struct __sk_buff *skb, struct pkt *p)
+static __always_inline int handle_fragment(struct __sk_buff *skb, struct pkt *p)
 {
 	int ret = fragment_begin(skb, p);
 

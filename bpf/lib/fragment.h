@@ -154,22 +154,32 @@ static __always_inline void held_put(struct held_fragment *h, __u32 state)
 	__sync_lock_test_and_set(&h->state, state);
 }
 
-static __always_inline int held_fill(struct __sk_buff *skb, const struct pkt *p, struct held_fragment *h)
+/*
+ * The packet's bytes. Returns how many, or 0: too many. A function of its own, so that the number stays in a register: in 6.1 it loses its
+ * bounds when it goes by the stack.
+ */
+static __noinline __u32 frame_load(struct __sk_buff *skb, __u8 *frame)
 {
 	__u32 len = skb->len;
 
-	if (len < 1 || len > HELD_FRAME)
-		return -1;
+	if (len <= L3_OFF || len > HELD_FRAME)
+		return 0;
+	return bpf_skb_load_bytes(skb, 0, frame, len) ? 0 : len;
+}
+
+/* 0, or -1: the packet cannot wait. */
+static __always_inline int held_fill(struct __sk_buff *skb, const struct pkt *p, struct held_fragment *h)
+{
+	h->length = frame_load(skb, h->frame);
 	fragment_key_of(p, &h->key);
 	h->time = now_seconds();
 	h->ifindex = skb->ifindex;
-	h->length = len;
 	h->outer = p->outer;
 	h->vni = p->vni;
 	h->hook = p->hook;
 	h->direction = p->direction;
 	h->proto = p->key.proto;
-	return bpf_skb_load_bytes(skb, 0, h->frame, len);
+	return h->length ? 0 : -1;
 }
 
 /* The datagram that p belongs to, made where there is none. NULL: the map took none. */
@@ -267,7 +277,7 @@ __noinline int fragment_hold(struct __sk_buff *skb, struct pkt *p)
 }
 
 /* Makes the packet the frame, of len bytes. The sum that a NIC has made (CHECKSUM_COMPLETE) begins behind the Ethernet header. */
-static __always_inline int frame_store(struct __sk_buff *skb, const __u8 *frame, __u32 len)
+static __noinline int frame_store(struct __sk_buff *skb, const __u8 *frame, __u32 len)
 {
 	if (len <= L3_OFF || len > HELD_FRAME || bpf_skb_change_tail(skb, len, 0))
 		return -1;
@@ -316,10 +326,10 @@ free:
 /* Every fragment from this slot + 1 on. The packet at hand is afterwards what it was; where that fails it is lost. */
 static __always_inline int release_all(struct __sk_buff *skb, struct fragment_scratch *work, __u32 waiting, __u32 unwanted)
 {
-	__u32 len = skb->len;
+	__u32 len = frame_load(skb, work->frame);
 
 	/* Longer than what waits for it: nothing can be sent by it. Those that wait are counted when others take their slots. */
-	if (len < 1 || len > HELD_FRAME || bpf_skb_load_bytes(skb, 0, work->frame, len))
+	if (!len)
 		return 0;
 	for (int i = 0; i < RELEASE_MAX && waiting; i++)
 		waiting = release_one(skb, waiting - 1, unwanted);
