@@ -105,7 +105,7 @@ func await(t *testing.T, a netip.Addr) {
 func (p *plainHost) wantForwarding(t *testing.T, c *nodetest.Cluster, want bool) {
 	t.Helper()
 	families(t, func(t *testing.T, v6 bool) {
-		got, err := nodetest.Ask(t, p.ns, "udp", netip.AddrPortFrom(family(nodetest.ClientAddrs, v6), clientPort))
+		got, err := nodetest.Ask(t, p.ns, "udp", outside(v6))
 		if (err == nil) != want {
 			t.Errorf("from a plain host through the node's stack = %q, %v; want an answer: %v", got, err, want)
 		}

@@ -17,9 +17,6 @@ import (
 	"github.com/margay-cni/margay/pkg/netfilter"
 )
 
-// clientPort is where the external client serves, for what pods and nodes ask outside.
-const clientPort = 7070
-
 // clusterModes are how two nodes reach each other.
 var clusterModes = []struct {
 	name string
@@ -43,6 +40,7 @@ const (
 	nearPort = 80 + iota
 	farPort
 	farDSRPort
+	farHostPort // the backend is a process of the node itself
 )
 
 func newHardened(t *testing.T, opts nodetest.ClusterOptions, f firewalltest.Firewall) *hardened {
@@ -55,16 +53,19 @@ func newHardened(t *testing.T, opts nodetest.ClusterOptions, f firewalltest.Fire
 	}
 	nodetest.Serve(t, n0.NS, "node0", firewalltest.OpenPort)
 	nodetest.Serve(t, n1.NS, "node1", firewalltest.OpenPort)
-	nodetest.Serve(t, h.Client, "outside", clientPort)
+	nodetest.Serve(t, h.Client, "outside", outsidePort)
+	n1.Masquerade(n1.Addrs...)
 	id := uint32(0)
 	for _, proto := range protocols {
 		for i, unspecified := range []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()} {
-			for port, backend := range map[uint16]*nodetest.Pod{nearPort: h.peer, farPort: h.b, farDSRPort: h.b} {
+			for port, to := range map[uint16]netip.AddrPort{
+				nearPort: netip.AddrPortFrom(h.peer.Addrs[i], 8080), farPort: netip.AddrPortFrom(h.b.Addrs[i], 8080),
+				farDSRPort: netip.AddrPortFrom(h.b.Addrs[i], 8080), farHostPort: netip.AddrPortFrom(n1.Addrs[i], firewalltest.OpenPort),
+			} {
 				flags := uint32(0)
 				if port == farDSRPort {
 					flags = bpf.ServiceDSR
 				}
-				to := netip.AddrPortFrom(backend.Addrs[i], 8080)
 				h.AddService(id+1, bpf.NewFrontendKey(proto, vips[i], port), flags, to)
 				h.AddService(id+2, bpf.NewFrontendKey(proto, unspecified, 30000+port), flags, to)
 				id += 2
@@ -91,9 +92,13 @@ func (h *hardened) wantForwarded(t *testing.T, v6 bool) {
 	wantTalk(t, "pod to pod on its node", a, netip.AddrPortFrom(h.peer.Addr(v6), 8080), "peer")
 	wantTalk(t, "pod to pod on the other node", a, netip.AddrPortFrom(b.addr, 8080), "b")
 	wantTalk(t, "and the other way", b, netip.AddrPortFrom(a.addr, 8080), "a")
-	wantTalk(t, "pod to outside", a, netip.AddrPortFrom(client, clientPort), "outside")
+	wantTalk(t, "pod to outside", a, outside(v6), "outside")
 	vip := family(vips, v6)
 	for network := range protocols {
+		// The client's address on that node's network, which its UDP server answers from.
+		onItsNetwork := family([]netip.Addr{netip.MustParseAddr("192.1.2.100"), netip.MustParseAddr("2001:db8:1:1::100")}, v6)
+		got, err := nodetest.Ask(t, b.ns, network, netip.AddrPortFrom(onItsNetwork, outsidePort))
+		wantAnswer(t, "pod to outside with its node's address, "+network, got, err, "outside "+family(h.Nodes[1].Addrs, v6).String())
 		for _, ask := range []struct {
 			what string
 			from party
@@ -122,6 +127,10 @@ func (h *hardened) wantOwn(t *testing.T, v6 bool) {
 	wantTalk(t, "pod to the other node", a, netip.AddrPortFrom(family(n1.Addrs, v6), firewalltest.OpenPort), "node1")
 	wantTalk(t, "node to its pod", node0, netip.AddrPortFrom(a.addr, 8080), "a")
 	wantTalk(t, "node to the other's pod", node0, netip.AddrPortFrom(h.b.Addr(v6), 8080), "b")
+	for network := range protocols {
+		got, err := nodetest.Ask(t, h.Client, network, netip.AddrPortFrom(node0.addr, 30000+farHostPort))
+		wantAnswer(t, "client to a NodePort, backend on the other node itself, "+network, got, err, "node1 "+family(nodetest.ClientAddrs, v6).String())
+	}
 	// A packet without hops left is the stack's to answer, which it does before its rules about forwarding.
 	a.ns.Do(func() {
 		out, err := exec.Command("ping", "-n", "-c1", "-W1", "-t1", h.b.Addr(v6).String()).CombinedOutput()
@@ -181,8 +190,7 @@ func TestForwardDropStrictRPFilterFullConntrack(t *testing.T) {
 				firewalltest.FillConntrack(t, n.NS, limit)
 			}
 			families(t, func(t *testing.T, v6 bool) {
-				node0, outside := h.Nodes[0], netip.AddrPortFrom(family(nodetest.ClientAddrs, v6), clientPort)
-				if got, err := nodetest.Ask(t, node0.NS, "udp", outside); err == nil {
+				if got, err := nodetest.Ask(t, h.Nodes[0].NS, "udp", outside(v6)); err == nil {
 					t.Errorf("the node's own new connection with a full table = %q, want no answer", got)
 				}
 				got, err := nodetest.Ask(t, h.a.NS, "udp", netip.AddrPortFrom(h.b.Addr(v6), 8080))
