@@ -5,6 +5,8 @@ package metrics
 import (
 	"errors"
 	"net/http/httptest"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -217,6 +219,27 @@ func TestM1_Lint(t *testing.T) {
 		if p.Metric != kubeProxysGauge {
 			t.Errorf("%s: %s", p.Metric, p.Text)
 		}
+	}
+}
+
+// TestM1_Documented compares docs/health.md with what there is.
+func TestM1_Documented(t *testing.T) {
+	text, err := os.ReadFile("../../docs/health.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := map[string]bool{}
+	for _, m := range regexp.MustCompile("`((?:margay|kubeproxy)_[a-z_]+)`").FindAllStringSubmatch(string(text), -1) {
+		named[m[1]] = true
+	}
+	there := map[string]bool{}
+	for name := range labelNames(t, full()) {
+		if strings.HasPrefix(name, "margay_") || strings.HasPrefix(name, "kubeproxy_") {
+			there[name] = true
+		}
+	}
+	if diff := cmp.Diff(there, named); diff != "" {
+		t.Errorf("metrics in docs/health.md (-there +named):\n%s", diff)
 	}
 }
 
