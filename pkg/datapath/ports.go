@@ -67,13 +67,22 @@ func ReservePorts(ctx context.Context, cfg Config, r PortRange) error {
 	}
 	ranges, err := parseRanges(old)
 	if err != nil {
-		return fmt.Errorf("read %s: %w", sysctlReserved, err)
+		return err
 	}
 	want := joinRanges(append(ranges, r))
 	if slices.Equal(want, joinRanges(ranges)) {
 		return nil
 	}
 	return changeSysctl(cfg, sysctlReserved, old, formatRanges(want))
+}
+
+// ReservedPorts returns the ports that the kernel gives to no socket that asks for any, sorted; none where it has no such setting.
+func ReservedPorts() ([]PortRange, error) {
+	s, err := readReserved()
+	if err != nil {
+		return nil, ignoreMissing(err)
+	}
+	return parseRanges(s)
 }
 
 // readReserved reads the value in one call: the kernel gives no more than the first call has room for.
@@ -97,7 +106,7 @@ func parseRanges(s string) ([]PortRange, error) {
 	for _, field := range strings.FieldsFunc(s, func(c rune) bool { return c == ',' }) {
 		r, err := parseRange(field)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("read %s: %w", sysctlReserved, err)
 		}
 		out = append(out, r)
 	}

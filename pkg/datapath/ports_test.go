@@ -35,6 +35,25 @@ func TestParsePortRange(t *testing.T) {
 	}
 }
 
+func TestParseRanges(t *testing.T) {
+	for _, tt := range []struct {
+		text string
+		want []PortRange
+		ok   bool
+	}{
+		{"", nil, true},
+		{"0-5,32000-32100,65535", []PortRange{{0, 5}, {32000, 32100}, {65535, 65535}}, true},
+		{"80,x", nil, false},
+		{"5-1", nil, false},
+		{"70000", nil, false},
+	} {
+		got, err := parseRanges(tt.text)
+		if diff := cmp.Diff(tt.want, got); diff != "" || (err == nil) != tt.ok {
+			t.Errorf("parseRanges(%q) = %v, %v, want %v, accepted: %v", tt.text, got, err, tt.want, tt.ok)
+		}
+	}
+}
+
 // NodePorts join what is reserved already; the first value is remembered, and a second call writes nothing.
 func TestReservePorts(t *testing.T) {
 	// Longer than what a plain read of a file gets of this setting.
