@@ -48,6 +48,9 @@ type options struct {
 	reach     agent.Reach
 	// serviceReturn is how answers to clients outside travel that another node forwarded.
 	serviceReturn state.ServiceReturn
+	serve         agent.Serve
+	nodePorts     datapath.PortRange
+	flags         *flag.FlagSet
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
@@ -66,6 +69,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	f.BoolVar(&o.verdicts, "verdict-events", false, "have an event written for every new flow that policy lets pass (margayctl drops --follow --verdicts)")
 	reachFlags(f, &o)
+	serveFlags(f, &o)
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
 	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
 		name, entries, ok := strings.Cut(s, "=")
@@ -91,7 +95,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	case o.resync <= 0:
 		return o, fmt.Errorf("--resync %v: want a positive duration", o.resync)
 	}
-	return o, nil
+	return o, o.serve.Validate()
 }
 
 // run is the whole program; it returns the exit status: 0 after a signal, 1 after a failure, 2 for a wrong command line.
@@ -122,6 +126,9 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		return fmt.Errorf("prepare the datapath: %w", err)
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := datapath.ReservePorts(ctx, o.datapath, o.nodePorts); err != nil {
+		return fmt.Errorf("reserve the ports of NodePorts: %w", err)
+	}
 	var devices []string
 	if o.devices != "" {
 		devices = strings.Split(o.devices, ",")
@@ -142,6 +149,7 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		Reach:          o.reach,
 		ServiceReturn:  o.serviceReturn,
 		VerdictEvents:  o.verdicts,
+		Serve:          served(o, d),
 		Resync:         o.resync,
 		Log:            log,
 	})

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/pkg/agent"
+	"github.com/margay-cni/margay/pkg/health"
 	"github.com/margay-cni/margay/pkg/manifest"
 )
 
@@ -26,7 +27,8 @@ func TestAgentStatusContract(t *testing.T) {
 			Overlay:  &agent.DeviceStatus{Name: "margay.vxlan", Error: "address in use"},
 			Counts:   agent.Counts{Pods: 3, Services: 2, Policies: 1},
 		},
-		Source: []manifest.Problem{{File: "svc.yaml", Line: 12, Object: "Service web/api", Message: "bad port"}},
+		Conditions: []health.Condition{{Subject: "metrics server", Error: "address already in use"}},
+		Source:     []manifest.Problem{{File: "svc.yaml", Line: 12, Object: "Service web/api", Message: "bad port"}},
 	}
 	raw, err := json.Marshal(s)
 	if err != nil {
@@ -37,8 +39,8 @@ func TestAgentStatusContract(t *testing.T) {
 		t.Errorf("text = %q, want %q", got, want)
 	}
 	want := []string{
-		"svc.yaml:12: Service web/api: bad port", "map services: no space; raise its size", "device eth1: no such device",
-		"device margay.vxlan: address in use", "a problem",
+		"svc.yaml:12: Service web/api: bad port", "map services: no space; raise its size",
+		"metrics server: address already in use", "device eth1: no such device", "device margay.vxlan: address in use", "a problem",
 	}
 	got := info.problems()
 	if len(got) == 0 || !strings.Contains(got[0], "has not read its source yet") {

@@ -88,6 +88,10 @@ type agentStatus struct {
 		Object  string `json:"object"`
 		Message string `json:"message"`
 	} `json:"source"`
+	Conditions []struct {
+		Subject string `json:"subject"`
+		Error   string `json:"error"`
+	} `json:"conditions"`
 }
 
 // agentDevice is a device that the agent looks after.
@@ -151,6 +155,9 @@ func (i agentInfo) problems() []string {
 			text += "; " + f.Cure
 		}
 		list = append(list, text)
+	}
+	for _, c := range s.Conditions {
+		list = append(list, c.Subject+": "+c.Error)
 	}
 	if s.Last.Overlay != nil {
 		s.Last.Devices = append(s.Last.Devices, *s.Last.Overlay)

@@ -117,8 +117,8 @@ func (a *app) collectStatus(ctx context.Context, s *source) (*nodeStatus, error)
 		return nil, err
 	}
 	for _, m := range st.Maps {
-		if p := m.percent(); p >= nearlyFull && m.Type != ebpf.LRUHash.String() {
-			st.problem("map %s is %d %% full: raise its size", m.Name, p)
+		if text := m.fillProblem(); text != "" {
+			st.problem("%s", text)
 		}
 	}
 	return st, a.collectDevices(s, st)
@@ -284,6 +284,15 @@ func (m mapInfo) percent() int {
 		return 0
 	}
 	return int(uint64(*m.Entries) * 100 / uint64(m.Capacity))
+}
+
+// fillProblem says that the map has little room left, and what its size is set by; "" while it has.
+func (m mapInfo) fillProblem() string {
+	if m.percent() < nearlyFull || m.Type == ebpf.LRUHash.String() {
+		return ""
+	}
+	return fmt.Sprintf("map %s is %d %% full: its size is margay-agent's --map-size %s=N, which takes effect when the maps are made anew",
+		m.Name, m.percent(), m.Name)
 }
 
 func (st *nodeStatus) print(w io.Writer) {

@@ -68,6 +68,23 @@ func TestStatusTable(t *testing.T) {
 	}
 }
 
+func TestFillProblem(t *testing.T) {
+	for _, tc := range []struct {
+		typ     string
+		entries int
+		want    string
+	}{
+		{"Hash", 899, ""},
+		{"Hash", 900, "map services is 90 % full: its size is margay-agent's --map-size services=N, which takes effect when the maps are made anew"},
+		{"LPMTrie", 1000, "map services is 100 % full: its size is margay-agent's --map-size services=N, which takes effect when the maps are made anew"},
+		{"LRUHash", 1000, ""},
+	} {
+		if got := (mapInfo{Name: "services", Type: tc.typ, Entries: &tc.entries, Capacity: 1000}).fillProblem(); got != tc.want {
+			t.Errorf("%s with %d of 1000: %q, want %q", tc.typ, tc.entries, got, tc.want)
+		}
+	}
+}
+
 // serveAgent answers on the agent's socket of a run directory.
 func serveAgent(t *testing.T, run string, handler http.HandlerFunc) {
 	t.Helper()

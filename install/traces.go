@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -220,7 +221,7 @@ func sysctlItems(o *options) ([]item, error) {
 			continue
 		}
 		value := strings.TrimSpace(before[key])
-		items = append(items, item{"changed setting", setting + ", back to " + value, func() error {
+		items = append(items, item{"changed setting", setting + ", back to " + cmp.Or(value, "nothing"), func() error {
 			return restoreSysctl(filepath.Join(o.sysctlDir, setting), value)
 		}})
 	}
@@ -239,5 +240,6 @@ func restoreSysctl(path, value string) error {
 	if strings.TrimSpace(string(have)) == value {
 		return nil
 	}
-	return os.WriteFile(path, []byte(value), 0)
+	// The end of line makes it a write even where the value is that there is none.
+	return os.WriteFile(path, []byte(value+"\n"), 0)
 }

@@ -197,7 +197,7 @@ func (m *machine) occupy() {
 		if changed, err := netfilter.EnsureNotrack(8472); err != nil || !changed {
 			m.t.Fatalf("EnsureNotrack() = %v, %v, want true", changed, err)
 		}
-		for _, s := range []string{"net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding", "net/ipv4/conf/mgy0123/rp_filter"} {
+		for _, s := range []string{"net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding", "net/ipv4/conf/mgy0123/rp_filter", "net/ipv4/ip_local_reserved_ports"} {
 			path := filepath.Join("/proc/sys", strings.TrimPrefix(s, "/proc/sys/"))
 			before, err := os.ReadFile(path)
 			m.must(err)
@@ -228,7 +228,7 @@ func (m *machine) state() map[string]string {
 			"ip -details link", "ip address", "ip route show table all", "ip -6 route show table all", "ip rule", "ip neigh", "tc qdisc",
 			"tc filter show dev eth0 ingress", "tc filter show dev eth0 egress", "tc filter show dev eth1 ingress", "tc filter show dev eth1 egress",
 			"tc filter show dev veth1234 ingress", "tc filter show dev veth1234 egress", "nft list ruleset",
-			"cat /proc/sys/net/ipv4/ip_forward", "cat /proc/sys/net/ipv6/conf/all/forwarding",
+			"cat /proc/sys/net/ipv4/ip_forward", "cat /proc/sys/net/ipv4/ip_local_reserved_ports", "cat /proc/sys/net/ipv6/conf/all/forwarding",
 		} {
 			words := strings.Fields(command)
 			out, err := exec.Command(words[0], words[1:]...).CombinedOutput()
@@ -307,6 +307,7 @@ func TestUninstallDryRun(t *testing.T) {
 		"in use        pod default/web, eth0 on mgy0123: 10.244.0.9 fd00:244::9",
 		"conflist " + conflistPath, "device mgy0123", "tc filters on eth0: ingress from_netdev", "tc filters on veth1234: ingress margay/from_pod, egress margay/to_pod",
 		"route 10.96.0.0/12", "route fd00:96::/112", "nftables table inet margay", "maps/node_state_v1", "changed setting net/ipv4/ip_forward, back to 0",
+		"changed setting net/ipv4/ip_local_reserved_ports, back to nothing",
 		"run directory /run/margay", "binary /usr/local/bin/margayctl", "binary /opt/cni/bin/margay-ipam",
 	} {
 		if !strings.Contains(out, want) {

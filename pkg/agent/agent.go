@@ -68,6 +68,8 @@ type Config struct {
 	Reach Reach
 	// VerdictEvents has an event written for every new flow that policy lets pass.
 	VerdictEvents bool
+	// Serve is what is answered over TCP.
+	Serve Serve
 	// Resync is how often everything is compared with the kernel and the flow table is swept; default 10 s.
 	Resync time.Duration
 	Log    *slog.Logger
@@ -91,6 +93,9 @@ func (c *Config) validate() error {
 		}
 	}
 	if err := c.Reach.validate(); err != nil {
+		errs = append(errs, err)
+	}
+	if err := c.Serve.Validate(); err != nil {
 		errs = append(errs, err)
 	}
 	if c.ServiceReturn == "" {
@@ -130,9 +135,14 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	b := &board{status: Status{Version: cfg.Version, Node: cfg.Node, PID: os.Getpid(), Started: time.Now()}, sizes: cfg.MaxEntries}
+	b := &board{status: Status{Version: cfg.Version, Node: cfg.Node, PID: os.Getpid(), Started: time.Now()}}
 	p := newPipeline(&cfg, cfg.Source.Incomplete)
-	p.publish = b.round
+	o := newObserver(&cfg)
+	p.publish = func(r Round) {
+		o.describe(&r)
+		b.round(r)
+		o.round(r, p)
+	}
 	conn, err := link.Dial(-1)
 	if err != nil {
 		return errors.Join(err, socket.Close())
@@ -145,20 +155,26 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	p.network = w.wants.put
 	records := &recordWatcher{store: p.store, log: cfg.Log, resync: cfg.Resync, publish: func(r []*endpoint.Record) {
+		o.records(time.Now())
 		w.records.put(r)
 		p.recordsIn.put(r)
 	}}
 	changes, removals := newMailbox[struct{}](), make(chan int, 256)
 
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return serve(ctx, socket, func() Status { return b.now(cfg.Source) }) })
+	g.Go(func() error { return serve(ctx, socket, func() Status { return b.now(cfg.Source, o) }) })
+	g.Go(func() error { return o.run(ctx) })
 	g.Go(func() error { return p.run(ctx) })
 	g.Go(func() error { return records.run(ctx) })
 	g.Go(func() error { return subscribe(ctx, changes, removals) })
 	g.Go(func() error { return w.run(ctx, changes, removals) })
-	g.Go(func() error { return sweep(ctx, cfg.Sweep, cfg.Resync, b, cfg.Log) })
+	g.Go(func() error { return sweep(ctx, o, cfg.Resync, b, cfg.Log) })
 	g.Go(func() error {
-		err := cfg.Source.Run(ctx, func(s *state.Snapshot) { p.snapshots.put(snapshotFrom{s, time.Now()}) })
+		err := cfg.Source.Run(ctx, func(s *state.Snapshot) {
+			at := time.Now()
+			o.snapshot(s, at)
+			p.snapshots.put(snapshotFrom{s, at})
+		})
 		if err != nil {
 			return fmt.Errorf("source: %w", err)
 		}
@@ -196,16 +212,11 @@ func sweep(ctx context.Context, s Sweeper, every time.Duration, b *board, log *s
 
 // board is the status that the goroutines write on and the local API reads from.
 type board struct {
-	sizes map[string]uint32
-
 	mu     sync.Mutex
 	status Status
 }
 
 func (b *board) round(r Round) {
-	for i := range r.Maps {
-		r.Maps[i].Max = b.sizes[r.Maps[i].Map]
-	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.status.Rounds++
@@ -228,10 +239,11 @@ func (b *board) flows(s Sweeps) {
 	b.status.Flows = s
 }
 
-func (b *board) now(source Source) Status {
+func (b *board) now(source Source, o *observer) Status {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	s := b.status
 	s.Source = source.Problems()
+	s.Conditions = o.conditions()
 	return s
 }

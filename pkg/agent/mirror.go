@@ -159,7 +159,7 @@ func (m *mirror[K, V]) fault(now time.Time) *Fault {
 	}
 	f := &Fault{Map: m.name, Failed: m.failed, Error: m.err.Error(), Since: now}
 	if errors.Is(m.err, ErrFull) {
-		f.Cure = fmt.Sprintf("the map's size is --map-size %s=N; it takes effect when the maps are made anew", m.name)
+		f.Cure = sizeCure(m.name)
 	}
 	if m.current != nil {
 		f.Since = m.current.Since

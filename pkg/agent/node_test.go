@@ -356,22 +356,6 @@ func TestReservedPorts(t *testing.T) {
 	}
 }
 
-func TestParsePorts(t *testing.T) {
-	got, err := parsePorts("1,32000-32100,65535\n")
-	want := []portRange{{1, 1}, {32000, 32100}, {65535, 65535}}
-	if err != nil || !slices.Equal(got, want) {
-		t.Errorf("parsePorts = %v, %v, want %v", got, err, want)
-	}
-	if got, err := parsePorts("\n"); err != nil || len(got) > 0 {
-		t.Errorf("parsePorts of an empty list = %v, %v, want none", got, err)
-	}
-	for _, s := range []string{"x", "5-1", "1-", "70000"} {
-		if got, err := parsePorts(s); err == nil {
-			t.Errorf("parsePorts(%q) = %v, want an error", s, got)
-		}
-	}
-}
-
 func TestReachIsValidated(t *testing.T) {
 	for name, r := range map[string]Reach{
 		"mode": {Mode: "bgp"}, "device": {VXLANDevice: "a-device-name-too-long"}, "pod's device": {VXLANDevice: "mgyvxlan"},

@@ -2,17 +2,7 @@
 
 package agent
 
-import (
-	"errors"
-	"fmt"
-	"io/fs"
-	"os"
-	"strconv"
-	"strings"
-)
-
-// reservedPortsSysctl lists the ports that the kernel gives to no socket that asks for any: 32000-32100,40000.
-const reservedPortsSysctl = "/proc/sys/net/ipv4/ip_local_reserved_ports"
+import "github.com/margay-cni/margay/pkg/datapath"
 
 // portRange is from first to last, both included.
 type portRange struct {
@@ -21,31 +11,12 @@ type portRange struct {
 
 // ReservedPorts returns the ports that the kernel keeps from being chosen.
 func (systemHost) ReservedPorts() ([]portRange, error) {
-	data, err := os.ReadFile(reservedPortsSysctl)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read reserved ports: %w", err)
-	}
-	return parsePorts(string(data))
-}
-
-func parsePorts(list string) ([]portRange, error) {
+	ranges, err := datapath.ReservedPorts()
 	var out []portRange
-	for _, part := range strings.FieldsFunc(list, func(r rune) bool { return r == ',' || r == '\n' || r == ' ' }) {
-		low, high, isRange := strings.Cut(part, "-")
-		if !isRange {
-			high = low
-		}
-		first, err1 := strconv.ParseUint(low, 10, 16)
-		last, err2 := strconv.ParseUint(high, 10, 16)
-		if err := errors.Join(err1, err2); err != nil || last < first {
-			return nil, fmt.Errorf("reserved ports %q: %q is no port and no range", list, part)
-		}
-		out = append(out, portRange{uint16(first), uint16(last)})
+	for _, r := range ranges {
+		out = append(out, portRange{r.First, r.Last})
 	}
-	return out, nil
+	return out, err
 }
 
 // bits sets the ports of the ranges in the map's form: one word for each 64 ports.

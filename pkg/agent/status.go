@@ -5,6 +5,7 @@ package agent
 import (
 	"time"
 
+	"github.com/margay-cni/margay/pkg/health"
 	"github.com/margay-cni/margay/pkg/manifest"
 )
 
@@ -34,6 +35,8 @@ type Round struct {
 	Problems []string `json:"problems"`
 	// Maps are the fill levels of the maps that the agent writes.
 	Maps []MapStatus `json:"maps"`
+	// NearlyFull are those of them that have little room left.
+	NearlyFull []Level `json:"nearlyFull"`
 	// Counts of what is in force.
 	Counts Counts `json:"counts"`
 	// Devices are the network devices of the node that carry from_netdev and to_netdev.
@@ -105,6 +108,8 @@ type Status struct {
 	// Pods are pods without the programs of this build on their device, and who else is there, and those whose MTU cannot follow the node's.
 	Pods  []string `json:"pods"`
 	Flows Sweeps   `json:"flows"`
+	// Conditions are what the agent should answer over TCP and cannot.
+	Conditions []health.Condition `json:"conditions"`
 }
 
 // fault notes a condition of something that is no mirrored map.

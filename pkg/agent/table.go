@@ -195,13 +195,13 @@ func KernelTables(m *datapath.Maps) Tables {
 	}
 }
 
-// MapSizes gives the sizes of those maps by name.
+// MapSizes gives the sizes of those maps, and of the flow table, by name.
 func MapSizes(m *datapath.Maps) map[string]uint32 {
 	sizes := map[string]uint32{}
 	for name, one := range map[string]*ebpf.Map{
 		"policy": m.Policy, "ipcache": m.IPCache, "endpoints": m.Endpoints, "pending": m.Pending, "services": m.Services,
 		"backends": m.Backends, "service_backends": m.ServiceBackends, "node_addrs": m.NodeAddrs, "nodes": m.Nodes, "routes": m.Routes,
-		"egress_addrs": m.EgressAddrs,
+		"egress_addrs": m.EgressAddrs, "flows": m.Flows,
 	} {
 		sizes[name] = one.MaxEntries()
 	}

@@ -54,6 +54,11 @@ func setSysctl(cfg Config, path, value string) error {
 	if err != nil || old == value {
 		return ignoreMissing(err)
 	}
+	return changeSysctl(cfg, path, old, value)
+}
+
+// changeSysctl makes old value, after it has remembered old.
+func changeSysctl(cfg Config, path, old, value string) error {
 	if err := remember(cfg, "sysctls.json", path, old); err != nil {
 		return err
 	}

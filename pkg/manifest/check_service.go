@@ -41,6 +41,13 @@ func checkService(c *checker, s *corev1.Service) {
 	}
 	oneOf(c, spec.Child("externalTrafficPolicy"), s.Spec.ExternalTrafficPolicy, "",
 		corev1.ServiceExternalTrafficPolicyCluster, corev1.ServiceExternalTrafficPolicyLocal)
+	if port := s.Spec.HealthCheckNodePort; port != 0 {
+		at := spec.Child("healthCheckNodePort")
+		c.port(at, port)
+		if s.Spec.Type != corev1.ServiceTypeLoadBalancer || s.Spec.ExternalTrafficPolicy != corev1.ServiceExternalTrafficPolicyLocal {
+			c.errorf(at, "%d needs a service of type LoadBalancer with externalTrafficPolicy Local", port)
+		}
+	}
 	if p := s.Spec.InternalTrafficPolicy; p != nil {
 		oneOf(c, spec.Child("internalTrafficPolicy"), *p, corev1.ServiceInternalTrafficPolicyCluster, corev1.ServiceInternalTrafficPolicyLocal)
 	}

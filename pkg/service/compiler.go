@@ -88,6 +88,7 @@ func (r *run) compileService(svc *state.Service) {
 			}
 		}
 	}
+	r.addHealthChecks(svc)
 }
 
 // wayBack is the way that the answers of a service's backends on other nodes take.

@@ -83,6 +83,8 @@ type Result struct {
 	// LocalBackends are, by service id, the backends on this node that any node may choose, whatever the traffic policy and the
 	// topology are there: what other nodes forward here is for one of them. Ready ones come first, each group sorted; never empty.
 	LocalBackends map[uint32][]netip.AddrPort
+	// HealthChecks are what load balancers may ask, sorted by service, IPv4 first (row H1).
+	HealthChecks []state.HealthCheck
 	// Problems are sorted by service.
 	Problems []Problem
 }

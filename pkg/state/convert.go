@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -21,6 +22,9 @@ const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
 // AnnotationServiceReturn on a service overrides the agent's default way back for its answers (docs/services.md).
 const AnnotationServiceReturn = "margay.io/service-return"
+
+// taintToBeDeleted is what the cluster autoscaler puts on a node that it is about to delete (row H2).
+const taintToBeDeleted = "ToBeDeletedByClusterAutoscaler"
 
 // DefaultAffinitySeconds is the ClientIP affinity timeout of a service that names none.
 const DefaultAffinitySeconds = uint32(corev1.DefaultClientIPServiceAffinitySeconds)
@@ -105,6 +109,7 @@ func FromService(s *corev1.Service) *Service {
 	if len(out.ClusterIPs) == 0 {
 		return nil
 	}
+	out.HealthCheckNodePort, _ = portNumber(s.Spec.HealthCheckNodePort)
 	if out.Type == "" {
 		out.Type = ClusterIP
 	}
@@ -181,6 +186,8 @@ func FromEndpointSlice(s *discoveryv1.EndpointSlice) *EndpointSlice {
 		Service: Key{Namespace: key.Namespace, Name: service},
 		IPv6:    s.AddressType == discoveryv1.AddressTypeIPv6,
 	}
+	// What is no time means unknown, as no annotation does: it only serves to measure.
+	out.Triggered, _ = time.Parse(time.RFC3339Nano, s.Annotations[corev1.EndpointsLastChangeTriggerTime])
 	for _, p := range s.Ports {
 		if port, ok := fromSlicePort(p); ok {
 			out.Ports = append(out.Ports, port)
@@ -268,7 +275,10 @@ func defaultProtocols(ports []networkingv1.NetworkPolicyPort) {
 
 // FromNode converts a node.
 func FromNode(n *corev1.Node) *Node {
-	out := &Node{Name: n.Name, Labels: maps.Clone(n.Labels)}
+	out := &Node{Name: n.Name, Labels: maps.Clone(n.Labels), Leaving: n.DeletionTimestamp != nil}
+	for _, t := range n.Spec.Taints {
+		out.Leaving = out.Leaving || t.Key == taintToBeDeleted
+	}
 	for _, a := range n.Status.Addresses {
 		if a.Type == corev1.NodeInternalIP {
 			out.Addresses = appendAddr(out.Addresses, a.Address)

@@ -4,6 +4,7 @@ package state
 
 import (
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
@@ -66,6 +67,7 @@ func TestFromService(t *testing.T) {
 			s.Annotations = map[string]string{"margay.io/service-return": "teleport"}
 		}, func(s *Service) { s.Return = "teleport" }},
 		{"V11: affinity", func(s *corev1.Service) { s.Spec.SessionAffinity = "ClientIP" }, func(s *Service) { s.AffinitySeconds = 10800 }},
+		{"H1: health check port", func(s *corev1.Service) { s.Spec.HealthCheckNodePort = 30999 }, func(s *Service) { s.HealthCheckNodePort = 30999 }},
 		{"NodePort of a ClusterIP is none", func(s *corev1.Service) { s.Spec.Ports[0].NodePort = 30000 }, func(*Service) {}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -106,6 +108,13 @@ func TestFromEndpointSlice(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, FromEndpointSlice(slice(func(*discoveryv1.EndpointSlice) {})), sameAddr); diff != "" {
 		t.Errorf("FromEndpointSlice() (-want +got):\n%s", diff)
+	}
+	want.Triggered = time.Date(2026, 1, 2, 3, 4, 5, 6000000, time.UTC)
+	annotated := slice(func(s *discoveryv1.EndpointSlice) {
+		s.Annotations = map[string]string{"endpoints.kubernetes.io/last-change-trigger-time": "2026-01-02T03:04:05.006Z"}
+	})
+	if diff := cmp.Diff(want, FromEndpointSlice(annotated), sameAddr); diff != "" {
+		t.Errorf("FromEndpointSlice() with the time of its change (-want +got):\n%s", diff)
 	}
 	for name, tweak := range map[string]func(*discoveryv1.EndpointSlice){
 		"headless (I3)":   func(s *discoveryv1.EndpointSlice) { s.Labels["service.kubernetes.io/headless"] = "" },
@@ -154,5 +163,26 @@ func TestFromNode(t *testing.T) {
 	got := FromNode(n)
 	if !cmp.Equal(got.Addresses, addrs("192.0.2.1", "2001:db8::1"), sameAddr) || len(got.PodCIDRs) != 2 || got.PodCIDRs[1].String() != "fd00:1::/64" {
 		t.Errorf("FromNode() = %+v", got)
+	}
+}
+
+func TestH2_NodeLeaves(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		tweak func(*corev1.Node)
+		want  bool
+	}{
+		{"stays", func(*corev1.Node) {}, false},
+		{"tainted otherwise", func(n *corev1.Node) { n.Spec.Taints = []corev1.Taint{{Key: "other"}} }, false},
+		{"tainted", func(n *corev1.Node) {
+			n.Spec.Taints = []corev1.Taint{{Key: "ToBeDeletedByClusterAutoscaler"}, {Key: "other"}}
+		}, true},
+		{"being deleted", func(n *corev1.Node) { n.DeletionTimestamp = &metav1.Time{} }, true},
+	} {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n"}}
+		tc.tweak(n)
+		if got := FromNode(n).Leaving; got != tc.want {
+			t.Errorf("node that %s: Leaving = %v, want %v", tc.name, got, tc.want)
+		}
 	}
 }

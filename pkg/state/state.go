@@ -8,6 +8,7 @@ package state
 import (
 	"fmt"
 	"net/netip"
+	"time"
 
 	networkingv1 "k8s.io/api/networking/v1"
 )
@@ -157,6 +158,8 @@ type Service struct {
 	AffinitySeconds uint32
 	// PublishNotReady is spec.publishNotReadyAddresses.
 	PublishNotReady bool
+	// HealthCheckNodePort is spec.healthCheckNodePort; 0: none. It means something only for type LoadBalancer with ExternalLocal.
+	HealthCheckNodePort uint16
 }
 
 // ServicePort is one port of a service. Slices are joined by (Name, Protocol), never by number (row I5).
@@ -177,6 +180,8 @@ type EndpointSlice struct {
 	IPv6      bool
 	Endpoints []Endpoint
 	Ports     []SlicePort
+	// Triggered is when what the slice was last written for happened, by the clock of whoever wrote it; zero if unknown.
+	Triggered time.Time
 }
 
 // SlicePort is a port of every endpoint in the slice; slices without a port number are dropped by the source (row I6).
@@ -206,4 +211,6 @@ type Node struct {
 	// Addresses are the InternalIPs, primary first.
 	Addresses []netip.Addr
 	PodCIDRs  []netip.Prefix
+	// Leaving says that the node is being deleted, or is marked for it by the cluster autoscaler (row H2).
+	Leaving bool
 }

@@ -23,6 +23,7 @@ var floors = map[string]int{
 	"plugin": 5, "ipam": 5, "agent": 5, "ctl": 5, "install": 5,
 	"pkg/agent": 4, "pkg/cni": 4,
 	"pkg/k8s": 3, "pkg/manifest": 3, "pkg/policy": 3, "pkg/service": 3, "pkg/node": 3, "pkg/datapath": 3, "pkg/flow": 3,
+	"pkg/health": 3, "pkg/metrics": 2,
 	"pkg/state": 2, "pkg/endpoint": 2, "pkg/bpf": 2, "pkg/link": 2, "pkg/netfilter": 2, "pkg/netns": 2, "pkg/ipam": 2,
 	"pkg/addr": 1, "conf": 1,
 }
@@ -54,6 +55,16 @@ var bans = []ban{
 		from:    []string{"plugin", "ipam", "pkg/cni"},
 		imports: []string{module + "pkg/netfilter", "github.com/google/nftables"},
 		why:     "the nftables table is the agent's, and every process start pays for what a binary links",
+	},
+	{
+		from:    []string{"plugin", "ipam", "pkg/cni", "ctl", "install"},
+		imports: []string{"github.com/prometheus"},
+		why:     "metrics are the agent's: what runs for a moment has nobody to scrape it",
+	},
+	{
+		from:    []string{"pkg/health", "pkg/metrics"},
+		imports: []string{"github.com/vishvananda/netlink", "github.com/cilium/ebpf", "k8s.io/client-go", module + "pkg/bpf"},
+		why:     "they answer what they are told: numbers come from who has them, so both are tested without a kernel",
 	},
 	{
 		from:    []string{"pkg/addr"},

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package datapath
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestParsePortRange(t *testing.T) {
+	for _, tt := range []struct {
+		text string
+		want PortRange
+		ok   bool
+	}{
+		{"30000-32767", PortRange{30000, 32767}, true},
+		{"80", PortRange{80, 80}, true},
+		{"1-65535", PortRange{1, 65535}, true},
+		{"0-5", PortRange{0, 5}, false},
+		{"5-4", PortRange{}, false},
+		{"1-65536", PortRange{}, false},
+		{"1-", PortRange{}, false},
+		{"", PortRange{}, false},
+		{"a-b", PortRange{}, false},
+	} {
+		got, err := ParsePortRange(tt.text)
+		if got != tt.want || (err == nil) != tt.ok {
+			t.Errorf("ParsePortRange(%q) = %v, %v, want %v, accepted: %v", tt.text, got, err, tt.want, tt.ok)
+		}
+	}
+}
+
+func TestParseRanges(t *testing.T) {
+	for _, tt := range []struct {
+		text string
+		want []PortRange
+		ok   bool
+	}{
+		{"", nil, true},
+		{"0-5,32000-32100,65535", []PortRange{{0, 5}, {32000, 32100}, {65535, 65535}}, true},
+		{"80,x", nil, false},
+		{"5-1", nil, false},
+		{"70000", nil, false},
+	} {
+		got, err := parseRanges(tt.text)
+		if diff := cmp.Diff(tt.want, got); diff != "" || (err == nil) != tt.ok {
+			t.Errorf("parseRanges(%q) = %v, %v, want %v, accepted: %v", tt.text, got, err, tt.want, tt.ok)
+		}
+	}
+}
+
+// NodePorts join what is reserved already; the first value is remembered, and a second call writes nothing.
+func TestReservePorts(t *testing.T) {
+	// Longer than what a plain read of a file gets of this setting.
+	var many []string
+	for port := 1001; port < 3000; port += 2 {
+		many = append(many, fmt.Sprint(port))
+	}
+	long := strings.Join(many, ",")
+	for _, tt := range []struct {
+		name, before, want string
+		remembered         bool
+	}{
+		{"nothing reserved", "", "30000-32767", true},
+		{"others", "0-5,8080,40000-40010", "0-5,8080,30000-32767,40000-40010", true},
+		{"neighbours and overlaps", "29999,31000,32760-33000", "29999-33000", true},
+		{"reserved already", "20000-40000", "20000-40000", false},
+		{"many", long, long + ",30000-32767", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			ns, cfg := place(t)
+			must(t, os.MkdirAll(cfg.Run, 0o755))
+			inNS(t, ns, func() error { return os.WriteFile(sysctlReserved, []byte(tt.before+"\n"), 0) })
+			for range 2 {
+				inNS(t, ns, func() error { return ReservePorts(context.Background(), cfg, PortRange{30000, 32767}) })
+			}
+			inNS(t, ns, func() error {
+				got, err := readReserved()
+				if diff := cmp.Diff(tt.want, got); diff != "" {
+					t.Errorf("reserved ports (-want +got):\n%s", diff)
+				}
+				return err
+			})
+			if !tt.remembered {
+				if _, err := os.Stat(cfg.Run + "/sysctls.json"); err == nil {
+					t.Error("sysctls.json is there, want nothing remembered where nothing was changed")
+				}
+				return
+			}
+			if diff := cmp.Diff(map[string]string{sysctlReserved: tt.before}, recorded(t, cfg, "sysctls.json")); diff != "" {
+				t.Errorf("sysctls.json (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
