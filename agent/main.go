@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -44,6 +45,9 @@ type options struct {
 	resync    time.Duration
 	datapath  datapath.Config
 	verdicts  bool
+	balancing state.LoadBalancing
+	nodePorts agent.NodePortAddresses
+	cidrs     []netip.Prefix
 	version   bool
 	reach     agent.Reach
 	// serviceReturn is how answers to clients outside travel that another node forwarded.
@@ -67,6 +71,28 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.BoolVar(&o.verdicts, "verdict-events", false, "have an event written for every new flow that policy lets pass (margayctl drops --follow --verdicts)")
 	reachFlags(f, &o)
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
+	f.Func("load-balancing", "random or maglev: how backends are chosen for services without the annotation "+state.AnnotationLoadBalancing+
+		" (default random)", func(s string) error {
+		if o.balancing = state.LoadBalancing(s); !o.balancing.Known() {
+			return errors.New("want random or maglev")
+		}
+		return nil
+	})
+	f.Func("nodeport-addresses", "comma-separated prefixes, or primary, localhost, all: addresses that NodePorts are served on (default primary)",
+		func(s string) (err error) {
+			o.nodePorts, err = agent.ParseNodePortAddresses(s)
+			return err
+		})
+	f.Func("service-cidrs", "comma-separated prefixes that cluster addresses are taken from: what no service has there is dropped", func(s string) error {
+		for _, word := range strings.Split(s, ",") {
+			p, err := netip.ParsePrefix(strings.TrimSpace(word))
+			if err != nil {
+				return err
+			}
+			o.cidrs = append(o.cidrs, p.Masked())
+		}
+		return nil
+	})
 	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
 		name, entries, ok := strings.Cut(s, "=")
 		n, err := strconv.ParseUint(entries, 10, 32)
@@ -128,22 +154,25 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 	}
 	log.Info("agent starts", "version", buildVersion(), "node", o.node, "manifests", o.manifests)
 	return agent.Run(ctx, agent.Config{
-		Version:        buildVersion(),
-		Node:           o.node,
-		Run:            o.datapath.Run,
-		Source:         manifest.New(o.manifests, o.node, log),
-		SelectorSlices: true,
-		Tables:         agent.KernelTables(&d.Maps),
-		MaxEntries:     agent.MapSizes(&d.Maps),
-		Epochs:         d,
-		Attach:         d,
-		Sweep:          d,
-		Devices:        devices,
-		Reach:          o.reach,
-		ServiceReturn:  o.serviceReturn,
-		VerdictEvents:  o.verdicts,
-		Resync:         o.resync,
-		Log:            log,
+		Version:           buildVersion(),
+		Node:              o.node,
+		Run:               o.datapath.Run,
+		Source:            manifest.New(o.manifests, o.node, log),
+		SelectorSlices:    true,
+		Tables:            agent.KernelTables(&d.Maps),
+		MaxEntries:        agent.MapSizes(&d.Maps),
+		Epochs:            d,
+		Attach:            d,
+		Sweep:             d,
+		Devices:           devices,
+		Reach:             o.reach,
+		ServiceReturn:     o.serviceReturn,
+		LoadBalancing:     o.balancing,
+		ServiceCIDRs:      o.cidrs,
+		NodePortAddresses: o.nodePorts,
+		VerdictEvents:     o.verdicts,
+		Resync:            o.resync,
+		Log:               log,
 	})
 }
 

@@ -81,7 +81,7 @@ enum drop_reason {
 	DROP_INVALID_CONFIG = 21,      /* a map that must have an entry has none */
 	DROP_SOURCE_IS_LOCAL = 22,     /* packet from outside claims an address of this node or of one of its pods */
 	DROP_NAT_COLLISION = 23,       /* the translated tuple is taken by another flow */
-	DROP_SERVICE_UNKNOWN_PORT = 24, /* port that the service address does not serve */
+	DROP_SERVICE_UNKNOWN_PORT = 24, /* port that the service address does not serve; the client was told (RST, port unreachable) */
 	DROP_OVERLAY_SOURCE = 25,      /* encapsulated by an address that is no node's, or with an inner source that is not that node's */
 	DROP_OVERLAY_VNI = 26,	       /* encapsulated under a network number that is not ours */
 	DROP_NOT_ENCAPSULATED = 27,    /* from outside, under an address of another node's pods, which come through the overlay only */
@@ -89,7 +89,9 @@ enum drop_reason {
 	DROP_NO_EGRESS_ADDRESS = 29,   /* masquerade: this node has no address to send from */
 	DROP_TOO_BIG = 30,	       /* does not fit the way ahead; the sender was told */
 	DROP_FRAGMENT_LOST = 31,       /* IP fragment that waited for the first of its datagram in vain */
-	DROP_REASONS = 32,	       /* count; keep last */
+	DROP_SOURCE_RANGE = 32,	       /* the load balancer address is open to other sources only (loadBalancerSourceRanges) */
+	DROP_SERVICE_UNALLOCATED = 33, /* address of the service range that no service has */
+	DROP_REASONS = 34,	       /* count; keep last */
 };
 
 /* A packet's addresses as the flow table sees them. ICMP echo: the identifier is both ports. */
@@ -269,8 +271,9 @@ struct service {
 	__u32 list[2];	 /* by enum service_scope: backend list */
 	__u32 count[2];	 /* by enum service_scope: its length */
 	__u32 flags;	 /* enum service_flags */
-	__u32 affinity;	 /* reserved: session affinity timeout in seconds, 0 = none */
-	__u32 reserved;
+	__u32 affinity;	 /* session affinity by client address: seconds after the last new connection, 0 = none */
+	__u8 maglev[2];	 /* by enum service_scope: size of the list's Maglev table, index of maglev_sizes; 0: chosen at random */
+	__u16 reserved;
 };
 
 enum service_flags {
@@ -278,6 +281,8 @@ enum service_flags {
 	SERVICE_DROP_INTERNAL = 2, /* the same for SCOPE_INTERNAL */
 	SERVICE_EXTERNAL_LOCAL = 4, /* external traffic policy Local */
 	SERVICE_DSR = 8, /* the pod's node answers clients outside itself */
+	SERVICE_INTERNAL_LOCAL = 16, /* internal traffic policy Local */
+	SERVICE_SOURCE_RANGES = 32, /* only for sources in source_ranges */
 };
 
 struct backend_key {
@@ -300,12 +305,66 @@ struct backend {
 	__u16 flags; /* reserved, zero */
 };
 
-/* Set membership: is this address still a serving backend of the service port? */
+/* Set membership: is this address still a serving backend of the service port? The value is enum service_backend_flags. */
 struct service_backend {
 	__u32 service_id;
 	struct addr addr;
 	__be16 port;
 	__u16 pad;
+};
+
+enum service_backend_flags {
+	SERVICE_BACKEND_SERVING = 1, /* always */
+	SERVICE_BACKEND_CLUSTER = 2, /* new connections may go to it under traffic policy Cluster */
+	SERVICE_BACKEND_LOCAL = 4,   /* the same under Local */
+};
+
+/* One client's affinity to a service port, whichever of its frontends it asks. */
+struct affinity_key {
+	struct addr client;
+	__u32 service_id;
+};
+
+struct affinity {
+	struct addr addr; /* of the backend */
+	__be16 port;
+	__u16 pad;
+	__u32 last_used; /* seconds, CLOCK_MONOTONIC: the last new connection */
+};
+
+/*
+ * A part of a list's Maglev table: MAGLEV_CHUNK positions. The size is part of the key, so that a table that grows or shrinks is written
+ * beside the one in use.
+ */
+struct maglev_key {
+	__u32 list;
+	__u16 chunk; /* position / MAGLEV_CHUNK */
+	__u8 size;   /* index of maglev_sizes */
+	__u8 pad;
+};
+
+#define MAGLEV_CHUNK 64 /* an entry fills a memory class of the kernel: docs/design/0007-maglev.md */
+
+struct maglev_chunk {
+	__u16 slot[MAGLEV_CHUNK]; /* of the list */
+};
+
+/* Prefix of sources that may use the load balancer addresses of a service port. */
+struct source_range_key {
+	__u32 prefixlen; /* 32 and bits of addr; IPv4: 32 + 96 + its own length */
+	__u32 service_id;
+	struct addr addr;
+};
+
+struct service_addr_key {
+	__u32 prefixlen; /* bits of addr; IPv4: 96 + its own length */
+	struct addr addr;
+};
+
+/* What an address is on which no frontend was found. The longest prefix says it; no entry: none of the services'. */
+enum service_addr {
+	SERVICE_ADDR_RANGE = 1,	 /* of the range that cluster addresses are taken from, and no service's */
+	SERVICE_ADDR_ACTIVE = 2, /* a service's cluster address */
 };
 
 /* Prefix lengths of policy_key: the fields that are always compared, then protocol, then port bits. */
@@ -385,6 +444,7 @@ struct new_flow {
 	struct endpoint src;  /* ifindex 0: no pod of this node */
 	struct endpoint dst;
 	struct addr backend;  /* with FLOW_FORWARDED, on the node that forwards: chosen here; else zero */
+	__u32 affinity;	      /* seconds for which the client is to have the backend again; 0: nothing to remember */
 	__u32 out_ifindex[2]; /* where the opener's packets, and the answers, leave: device, 0 = not known yet */
 	__u32 service_id;
 	__u32 service_epoch;
@@ -445,6 +505,12 @@ _Static_assert(sizeof(struct frontend_key) == 20, "frontend_key");
 _Static_assert(sizeof(struct service) == 32, "service");
 _Static_assert(sizeof(struct backend) == 20, "backend");
 _Static_assert(sizeof(struct service_backend) == 24, "service_backend");
+_Static_assert(sizeof(struct affinity_key) == 20, "affinity_key");
+_Static_assert(sizeof(struct affinity) == 24, "affinity");
+_Static_assert(sizeof(struct maglev_key) == 8, "maglev_key");
+_Static_assert(sizeof(struct maglev_chunk) == 128, "maglev_chunk");
+_Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
+_Static_assert(sizeof(struct service_addr_key) == 20, "service_addr_key");
 _Static_assert(sizeof(struct policy_key) == 16, "policy_key");
 _Static_assert(sizeof(struct event) == 64, "event");
 _Static_assert(sizeof(struct node) == 40, "node");

@@ -35,6 +35,9 @@ type fakeKernel struct {
 	egress    *fakeTable[uint32, bpf.EgressAddrs]
 	reserved  *fakeTable[uint32, uint64]
 	nodeState *fakeTable[uint32, bpf.NodeState]
+	maglev    *fakeTable[bpf.MaglevKey, bpf.MaglevChunk]
+	ranges    *fakeTable[bpf.SourceRangeKey, uint32]
+	addrs     *fakeTable[bpf.ServiceAddrKey, uint32]
 
 	rand  *rand.Rand
 	fault float64
@@ -79,6 +82,9 @@ func newKernel(seed uint64) *fakeKernel {
 	k.egress = newTable[uint32, bpf.EgressAddrs](k, "egress_addrs")
 	k.reserved = newTable[uint32, uint64](k, "reserved_ports")
 	k.nodeState = newTable[uint32, bpf.NodeState](k, "node_state")
+	k.maglev = newTable[bpf.MaglevKey, bpf.MaglevChunk](k, "maglev")
+	k.ranges = newTable[bpf.SourceRangeKey, uint32](k, "source_ranges")
+	k.addrs = newTable[bpf.ServiceAddrKey, uint32](k, "service_addrs")
 	return k
 }
 
@@ -87,6 +93,7 @@ func (k *fakeKernel) tables() Tables {
 		Policy: k.policy, IPCache: k.ipcache, Endpoints: k.endpoints, Pending: k.pending,
 		Services: k.services, Backends: k.backends, ServiceBackends: k.members, NodeAddrs: k.nodeAddrs,
 		Nodes: k.nodes, Routes: k.routes, EgressAddrs: k.egress, ReservedPorts: k.reserved, NodeState: k.nodeState,
+		Maglev: k.maglev, SourceRanges: k.ranges, ServiceAddrs: k.addrs,
 	}
 }
 

@@ -22,6 +22,9 @@ const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 // AnnotationServiceReturn on a service overrides the agent's default way back for its answers (docs/services.md).
 const AnnotationServiceReturn = "margay.io/service-return"
 
+// AnnotationLoadBalancing on a service overrides the agent's default way of choosing backends (docs/services.md).
+const AnnotationLoadBalancing = "margay.io/load-balancing"
+
 // DefaultAffinitySeconds is the ClientIP affinity timeout of a service that names none.
 const DefaultAffinitySeconds = uint32(corev1.DefaultClientIPServiceAffinitySeconds)
 
@@ -101,6 +104,7 @@ func FromService(s *corev1.Service) *Service {
 		InternalLocal:   s.Spec.InternalTrafficPolicy != nil && *s.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 		PublishNotReady: s.Spec.PublishNotReadyAddresses,
 		Return:          ServiceReturn(s.Annotations[AnnotationServiceReturn]),
+		Balancing:       LoadBalancing(s.Annotations[AnnotationLoadBalancing]),
 	}
 	if len(out.ClusterIPs) == 0 {
 		return nil
