@@ -98,3 +98,19 @@ func (p *pipeline) named(counted map[uint32]uint32) {
 		}
 	}
 }
+
+// removeRanges takes back source ranges, but for those of frontends that are limited in the kernel and should not be any more: without them
+// they would be closed.
+func (p *pipeline) removeRanges() {
+	limited := map[uint32]bool{}
+	for k, have := range p.m.services.have {
+		if want := p.wantService.services[k]; have.Flags&^want.Flags&bpf.ServiceSourceRanges != 0 {
+			limited[have.Id] = true
+		}
+	}
+	for _, k := range p.m.ranges.surplus(p.wantService.ranges) {
+		if !limited[k.ServiceId] {
+			p.m.ranges.remove(k)
+		}
+	}
+}

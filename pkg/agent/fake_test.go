@@ -44,7 +44,9 @@ type fakeKernel struct {
 	// killAfter, if positive, is after how many operations everything panics with errKilled.
 	killAfter int
 	ops       []string
-	check     func(op string)
+	// deleting says that the last change of a map was a delete.
+	deleting bool
+	check    func(op string)
 
 	endpointEpochs map[int]int
 	serviceEpochs  map[uint32]int
@@ -133,6 +135,7 @@ func (t *fakeTable[K, V]) Put(k K, v V) error {
 		return err
 	}
 	t.entries[k] = v
+	t.kernel.deleting = false
 	t.kernel.done(op)
 	return nil
 }
@@ -157,6 +160,7 @@ func (t *fakeTable[K, V]) Delete(k K, had V) error {
 		return err
 	}
 	delete(t.entries, k)
+	t.kernel.deleting = true
 	t.kernel.done(op)
 	return nil
 }

@@ -23,7 +23,7 @@ func (p *pipeline) planServices(hold bool) []uint32 {
 // (BACKEND_BY_HASH) are written with the others; no frontend counts them, so what they should not hold goes with the last deletes.
 //
 // What a frontend refers to is there before it: its Maglev tables after the backends that these name, its source ranges, without which it
-// would be closed to all. What says that an address has no such port (service_addrs) comes after the frontends that it has.
+// is closed to all. What says that an address has no such port (service_addrs) comes after the frontends that it has.
 //
 // With hold nothing is taken back: frontends, lists and members that the snapshot does not explain stay.
 func (p *pipeline) applyServices(hold bool) {
@@ -55,9 +55,7 @@ func (p *pipeline) applyServices(hold bool) {
 		for _, k := range p.m.addrs.surplus(want.addrs) {
 			p.m.addrs.remove(k)
 		}
-		for _, k := range p.m.ranges.surplus(want.ranges) {
-			p.m.ranges.remove(k)
-		}
+		p.removeRanges()
 		p.removeTables()
 		for _, k := range p.m.members.surplus(want.members) {
 			p.m.members.remove(k)
