@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -44,12 +45,15 @@ type options struct {
 	resync    time.Duration
 	datapath  datapath.Config
 	verdicts  bool
+	balancing state.LoadBalancing
+	nodePorts agent.NodePortAddresses
+	cidrs     []netip.Prefix
 	version   bool
 	reach     agent.Reach
 	// serviceReturn is how answers to clients outside travel that another node forwarded.
 	serviceReturn state.ServiceReturn
 	serve         agent.Serve
-	nodePorts     datapath.PortRange
+	nodePortRange datapath.PortRange
 	flags         *flag.FlagSet
 }
 
@@ -71,6 +75,28 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	reachFlags(f, &o)
 	serveFlags(f, &o)
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
+	f.Func("load-balancing", "random or maglev: how backends are chosen for services without the annotation "+state.AnnotationLoadBalancing+
+		" (default random)", func(s string) error {
+		if o.balancing = state.LoadBalancing(s); !o.balancing.Known() {
+			return errors.New("want random or maglev")
+		}
+		return nil
+	})
+	f.Func("nodeport-addresses", "comma-separated prefixes, or primary, localhost, all: addresses that NodePorts are served on (default primary)",
+		func(s string) (err error) {
+			o.nodePorts, err = agent.ParseNodePortAddresses(s)
+			return err
+		})
+	f.Func("service-cidrs", "comma-separated prefixes that cluster addresses are taken from: what no service has there is dropped", func(s string) error {
+		for _, word := range strings.Split(s, ",") {
+			p, err := netip.ParsePrefix(strings.TrimSpace(word))
+			if err != nil {
+				return err
+			}
+			o.cidrs = append(o.cidrs, p.Masked())
+		}
+		return nil
+	})
 	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
 		name, entries, ok := strings.Cut(s, "=")
 		n, err := strconv.ParseUint(entries, 10, 32)
@@ -126,7 +152,7 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		return fmt.Errorf("prepare the datapath: %w", err)
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	if err := datapath.ReservePorts(ctx, o.datapath, o.nodePorts); err != nil {
+	if err := datapath.ReservePorts(ctx, o.datapath, o.nodePortRange); err != nil {
 		return fmt.Errorf("reserve the ports of NodePorts: %w", err)
 	}
 	var devices []string
@@ -135,23 +161,26 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 	}
 	log.Info("agent starts", "version", buildVersion(), "node", o.node, "manifests", o.manifests)
 	return agent.Run(ctx, agent.Config{
-		Version:        buildVersion(),
-		Node:           o.node,
-		Run:            o.datapath.Run,
-		Source:         manifest.New(o.manifests, o.node, log),
-		SelectorSlices: true,
-		Tables:         agent.KernelTables(&d.Maps),
-		MaxEntries:     agent.MapSizes(&d.Maps),
-		Epochs:         d,
-		Attach:         d,
-		Sweep:          d,
-		Devices:        devices,
-		Reach:          o.reach,
-		ServiceReturn:  o.serviceReturn,
-		VerdictEvents:  o.verdicts,
-		Serve:          served(o, d),
-		Resync:         o.resync,
-		Log:            log,
+		Version:           buildVersion(),
+		Node:              o.node,
+		Run:               o.datapath.Run,
+		Source:            manifest.New(o.manifests, o.node, log),
+		SelectorSlices:    true,
+		Tables:            agent.KernelTables(&d.Maps),
+		MaxEntries:        agent.MapSizes(&d.Maps),
+		Epochs:            d,
+		Attach:            d,
+		Sweep:             d,
+		Devices:           devices,
+		Reach:             o.reach,
+		ServiceReturn:     o.serviceReturn,
+		LoadBalancing:     o.balancing,
+		ServiceCIDRs:      o.cidrs,
+		NodePortAddresses: o.nodePorts,
+		VerdictEvents:     o.verdicts,
+		Serve:             served(o, d),
+		Resync:            o.resync,
+		Log:               log,
 	})
 }
 

@@ -11,18 +11,18 @@ import (
 	"github.com/margay-cni/margay/pkg/flow"
 )
 
-// defaultNodePorts is the API server's --service-node-port-range.
-var defaultNodePorts = datapath.PortRange{First: 30000, Last: 32767}
+// defaultNodePortRange is the API server's --service-node-port-range.
+var defaultNodePortRange = datapath.PortRange{First: 30000, Last: 32767}
 
 // serveFlags are the flags about what the agent answers over TCP, and about ports that it keeps free.
 func serveFlags(f *flag.FlagSet, o *options) {
-	o.nodePorts = defaultNodePorts
+	o.nodePortRange = defaultNodePortRange
 	f.StringVar(&o.serve.Healthz, "healthz-bind-address", agent.DefaultHealthz, "address and port of /healthz and /livez; empty: none")
 	f.StringVar(&o.serve.Metrics, "metrics-bind-address", agent.DefaultMetrics, "address and port of /metrics, /proxyMode and /configz; empty: none")
 	f.BoolVar(&o.serve.Profiling, "profiling", false, "serve /debug/pprof/ at the address of the metrics, too")
-	f.Func("service-node-port-range", fmt.Sprintf("ports that the node's own connections must not use, FIRST-LAST, as the API server has it (default %v)", defaultNodePorts),
+	f.Func("service-node-port-range", fmt.Sprintf("ports that the node's own connections must not use, FIRST-LAST, as the API server has it (default %v)", defaultNodePortRange),
 		func(s string) (err error) {
-			o.nodePorts, err = datapath.ParsePortRange(s)
+			o.nodePortRange, err = datapath.ParsePortRange(s)
 			return err
 		})
 	o.flags = f
@@ -41,7 +41,7 @@ func served(o options, d *datapath.Datapath) agent.Serve {
 		}
 	})
 	values["map-size"] = o.datapath.Sizes
-	values["service-node-port-range"] = o.nodePorts.String()
+	values["service-node-port-range"] = o.nodePortRange.String()
 	values["reach"] = o.reach
 	s.Flags = map[string]any{"margay-agent": values}
 	return s

@@ -172,8 +172,8 @@ func TestServeFlags(t *testing.T) {
 		if (err == nil) != tc.ok {
 			t.Errorf("parse(%q) = %v, accepted: want %v", tc.args, err, tc.ok)
 		}
-		if tc.args == nil && (o.serve.Healthz != "0.0.0.0:10256" || o.serve.Metrics != "127.0.0.1:10249" || o.nodePorts.String() != "30000-32767") {
-			t.Errorf("defaults = %+v, %v, want kube-proxy's", o.serve, o.nodePorts)
+		if tc.args == nil && (o.serve.Healthz != "0.0.0.0:10256" || o.serve.Metrics != "127.0.0.1:10249" || o.nodePortRange.String() != "30000-32767") {
+			t.Errorf("defaults = %+v, %v, want kube-proxy's", o.serve, o.nodePortRange)
 		}
 	}
 }

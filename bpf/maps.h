@@ -116,7 +116,10 @@ struct {
 	__type(value, struct backend);
 } backends SEC(".maps");
 
-/* Set of (service port, address, port) that still serve: a flow whose backend left it is re-selected. By the agent. */
+/*
+ * Set of (service port, address, port) that still serve, with enum service_backend_flags: a flow whose backend left it is re-selected, an
+ * affinity whose backend left the list is, too. By the agent.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 262144);
@@ -124,6 +127,50 @@ struct {
 	__type(key, struct service_backend);
 	__type(value, __u32);
 } service_backends SEC(".maps");
+
+/*
+ * (client, service port) → the backend that new connections go to. Written by the programs, where a backend is chosen; forgotten by LRU
+ * eviction alone, because an entry that is too old, or leads to a backend that left, counts for nothing. 7 MiB.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} affinity SEC(".maps");
+
+/*
+ * (list, size, chunk) → slots. Of lists whose services ask for consistent hashing. Written after the backends that it names and before the
+ * services that name its size, deleted after those. By the agent. 192 bytes for each chunk in use.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct maglev_key);
+	__type(value, struct maglev_chunk);
+} maglev SEC(".maps");
+
+/*
+ * (service port, prefix) → 1: sources that may use its load balancer addresses. Written before the frontends that have
+ * SERVICE_SOURCE_RANGES, deleted after. By the agent.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct source_range_key);
+	__type(value, __u32);
+} source_ranges SEC(".maps");
+
+/* Prefix → enum service_addr: cluster addresses, and the ranges that they are from. Written after the services' frontends. By the agent. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct service_addr_key);
+	__type(value, __u32);
+} service_addrs SEC(".maps");
 
 /* Service id → epoch, raised by the agent when a backend leaves the service. */
 struct {

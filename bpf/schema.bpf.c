@@ -27,6 +27,8 @@ const enum policy_verdict *unused_policy_verdict SEC("unused");
 const enum route_flags *unused_route_flags SEC("unused");
 const enum overlay_vni *unused_overlay_vni SEC("unused");
 const enum backend_list *unused_backend_list SEC("unused");
+const enum service_backend_flags *unused_service_backend_flags SEC("unused");
+const enum service_addr *unused_service_addr SEC("unused");
 const enum event_type *unused_event_type SEC("unused");
 const struct event *unused_event SEC("unused");
 const struct sweep *unused_sweep SEC("unused");

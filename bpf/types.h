@@ -81,7 +81,7 @@ enum drop_reason {
 	DROP_INVALID_CONFIG = 21,      /* a map that must have an entry has none */
 	DROP_SOURCE_IS_LOCAL = 22,     /* packet from outside claims an address of this node or of one of its pods */
 	DROP_NAT_COLLISION = 23,       /* the translated tuple is taken by another flow */
-	DROP_SERVICE_UNKNOWN_PORT = 24, /* port that the service address does not serve */
+	DROP_SERVICE_UNKNOWN_PORT = 24, /* port that the service address does not serve; the client was told (RST, port unreachable) */
 	DROP_OVERLAY_SOURCE = 25,      /* encapsulated by an address that is no node's, or with an inner source that is not that node's */
 	DROP_OVERLAY_VNI = 26,	       /* encapsulated under a network number that is not ours */
 	DROP_NOT_ENCAPSULATED = 27,    /* from outside, under an address of another node's pods, which come through the overlay only */
@@ -89,7 +89,9 @@ enum drop_reason {
 	DROP_NO_EGRESS_ADDRESS = 29,   /* masquerade: this node has no address to send from */
 	DROP_TOO_BIG = 30,	       /* does not fit the way ahead; the sender was told */
 	DROP_FRAGMENT_LOST = 31,       /* IP fragment that waited for the first of its datagram in vain */
-	DROP_REASONS = 32,	       /* count; keep last */
+	DROP_SOURCE_RANGE = 32,	       /* the load balancer address is open to other sources only (loadBalancerSourceRanges) */
+	DROP_SERVICE_UNALLOCATED = 33, /* address of the service range that no service has */
+	DROP_REASONS = 34,	       /* count; keep last */
 };
 
 /* A packet's addresses as the flow table sees them. ICMP echo: the identifier is both ports. */
@@ -247,66 +249,8 @@ struct egress_addrs {
 	struct addr v6;
 };
 
-/*
- * Where a service is reached. NodePort: addr is the family's unspecified address (::ffff:0.0.0.0 or ::) and the packet's
- * destination must be NODE_ADDR_NODEPORT.
- */
-struct frontend_key {
-	struct addr addr;
-	__be16 port;
-	__u8 proto;
-	__u8 pad;
-};
-
-/* Who asks decides which list of backends is used. */
-enum service_scope {
-	SCOPE_EXTERNAL = 0, /* the packet came from outside the node */
-	SCOPE_INTERNAL = 1, /* it came from a local pod or from the node itself */
-};
-
-struct service {
-	__u32 id;	 /* of the service port: shared by all its frontends; index of service_epochs */
-	__u32 list[2];	 /* by enum service_scope: backend list */
-	__u32 count[2];	 /* by enum service_scope: its length */
-	__u32 flags;	 /* enum service_flags */
-	__u32 affinity;	 /* reserved: session affinity timeout in seconds, 0 = none */
-	__u32 reserved;
-};
-
-enum service_flags {
-	SERVICE_DROP_EXTERNAL = 1, /* empty list for SCOPE_EXTERNAL means drop, not refuse: there are endpoints elsewhere */
-	SERVICE_DROP_INTERNAL = 2, /* the same for SCOPE_INTERNAL */
-	SERVICE_EXTERNAL_LOCAL = 4, /* external traffic policy Local */
-	SERVICE_DSR = 8, /* the pod's node answers clients outside itself */
-};
-
-struct backend_key {
-	__u32 list;
-	__u32 slot; /* 0 … count - 1; with BACKEND_BY_HASH the hash, or 0 */
-};
-
-/*
- * List that holds, by their hashes (backend_hash in lib/lb.h, bpf.BackendHash in Go), the backends of a service that are on this node:
- * BACKEND_BY_HASH | service id. So a node that only forwards tells ours which backend it has chosen. Slot 0, which is no hash, has one of
- * them, for a choice that has gone meanwhile; a list that is there always has it.
- */
-enum backend_list {
-	BACKEND_BY_HASH = 0x80000000,
-};
-
-struct backend {
-	struct addr addr;
-	__be16 port;
-	__u16 flags; /* reserved, zero */
-};
-
-/* Set membership: is this address still a serving backend of the service port? */
-struct service_backend {
-	__u32 service_id;
-	struct addr addr;
-	__be16 port;
-	__u16 pad;
-};
+/* Services: frontends, backends, and how one is chosen. */
+#include "service.h"
 
 /* Prefix lengths of policy_key: the fields that are always compared, then protocol, then port bits. */
 enum policy_prefix {
@@ -385,6 +329,7 @@ struct new_flow {
 	struct endpoint src;  /* ifindex 0: no pod of this node */
 	struct endpoint dst;
 	struct addr backend;  /* with FLOW_FORWARDED, on the node that forwards: chosen here; else zero */
+	__u32 affinity;	      /* seconds for which the client is to have the backend again; 0: nothing to remember */
 	__u32 out_ifindex[2]; /* where the opener's packets, and the answers, leave: device, 0 = not known yet */
 	__u32 service_id;
 	__u32 service_epoch;
@@ -441,10 +386,6 @@ _Static_assert(sizeof(struct flow) == 128, "flow");
 _Static_assert(sizeof(struct endpoint) == 32, "endpoint");
 _Static_assert(sizeof(struct ipcache_key) == 20, "ipcache_key");
 _Static_assert(sizeof(struct ipcache_entry) == 24, "ipcache_entry");
-_Static_assert(sizeof(struct frontend_key) == 20, "frontend_key");
-_Static_assert(sizeof(struct service) == 32, "service");
-_Static_assert(sizeof(struct backend) == 20, "backend");
-_Static_assert(sizeof(struct service_backend) == 24, "service_backend");
 _Static_assert(sizeof(struct policy_key) == 16, "policy_key");
 _Static_assert(sizeof(struct event) == 64, "event");
 _Static_assert(sizeof(struct node) == 40, "node");

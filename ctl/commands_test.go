@@ -67,7 +67,23 @@ func (n *testNode) addServices(t *testing.T) {
 	web.List[bpf.ScopeExternal], web.Count[bpf.ScopeExternal] = 101, 1
 	n.put(t, "services", bpf.NewFrontendKey(tcp, unspecified, 30080), web)
 	n.put(t, "services", bpf.NewFrontendKey(udp, n.service, 53), bpf.Service{Id: 5, Flags: bpf.ServiceDropExternal})
+	n.addBalanced(t)
 	n.put(t, "services", bpf.NewFrontendKey(udp, n.service, 54), bpf.Service{Id: 6, List: [2]uint32{100, 100}, Count: [2]uint32{3, 3}})
+}
+
+// addBalanced adds what a service may ask for: affinity, consistent hashing, and source ranges, of which one service has none.
+func (n *testNode) addBalanced(t *testing.T) {
+	t.Helper()
+	pin[bpf.SourceRangeKey, uint32](t, n, "source_ranges", ebpf.LPMTrie, 64, 1)
+	host := netip.PrefixFrom(n.client, n.client.BitLen())
+	for _, p := range []netip.Prefix{host, netip.PrefixFrom(n.external, n.external.BitLen()-8).Masked()} {
+		n.put(t, "source_ranges", bpf.NewSourceRangeKey(8, p), uint32(1))
+	}
+	n.put(t, "source_ranges", bpf.NewSourceRangeKey(4, host), uint32(1)) // of another frontend of that service
+	balanced := bpf.Service{Id: 8, List: [2]uint32{100, 100}, Count: [2]uint32{2, 2}, Affinity: 10800, Maglev: [2]uint8{1, 1}, Flags: bpf.ServiceSourceRanges}
+	n.put(t, "services", bpf.NewFrontendKey(tcp, n.external, 80), balanced)
+	balanced.Id, balanced.Affinity = 9, 0
+	n.put(t, "services", bpf.NewFrontendKey(tcp, n.external, 81), balanced)
 }
 
 // addNodes adds another node, with a range of pods and an address of its own, and a service in both places that answers directly.

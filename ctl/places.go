@@ -37,17 +37,22 @@ type places struct {
 	known map[netip.Addr]place
 }
 
+// openIfThere opens a map, or returns nil where it is not pinned: the datapath is older.
+func openIfThere(s *source, name string) (*ebpf.Map, error) {
+	if _, err := os.Stat(datapath.MapPath(s.node, name)); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return s.openMap(name)
+}
+
 // openPlaces opens the maps that are there.
 func openPlaces(s *source, names *flow.Names) (*places, error) {
 	p := &places{names: names, known: map[netip.Addr]place{}}
 	for name, m := range map[string]**ebpf.Map{
 		"endpoints": &p.endpoints, "node_addrs": &p.nodeAddrs, "routes": &p.routes, "nodes": &p.nodes,
 	} {
-		_, err := os.Stat(datapath.MapPath(s.node, name))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if *m, err = s.openMap(name); err != nil {
+		var err error
+		if *m, err = openIfThere(s, name); err != nil {
 			return nil, err
 		}
 	}

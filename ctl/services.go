@@ -41,6 +41,12 @@ type serviceInfo struct {
 	Backends []backendInfo `json:"backends"`
 	// Missing backends are counted by the service, but not in their list.
 	Missing int `json:"missing,omitempty"`
+	// Balancing is how backends are chosen: "random" or "maglev".
+	Balancing string `json:"balancing"`
+	// AffinitySeconds is for how long after its last connection a client keeps its backend; 0: no affinity.
+	AffinitySeconds uint32 `json:"affinitySeconds,omitempty"`
+	// SourceRanges are the only sources that may use the frontend; absent: all may.
+	SourceRanges []netip.Prefix `json:"sourceRanges,omitempty"`
 	// Return is the way that the answers of remote backends take to clients outside: "tunnel" or "dsr".
 	Return string   `json:"return"`
 	Flags  []string `json:"flags,omitempty"`
@@ -69,12 +75,19 @@ func newServices(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			sources, err := openIfThere(s, "source_ranges")
+			if err != nil {
+				return err
+			}
 			names := a.names()
 			at, err := openPlaces(s, names)
 			if err != nil {
 				return err
 			}
 			list, err := collectServices(services, backends, names, at)
+			if err == nil {
+				err = addSources(list, sources)
+			}
 			if err != nil {
 				return err
 			}
@@ -119,7 +132,12 @@ func nameless(s serviceInfo) int {
 
 func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]netip.AddrPort, names *flow.Names) serviceInfo {
 	frontend := netip.AddrPortFrom(k.Addr.Netip(), bpf.Port16(k.Port))
+	balancing := state.BalanceRandom
+	if s.Maglev[bpf.ScopeExternal] != 0 || s.Maglev[bpf.ScopeInternal] != 0 {
+		balancing = state.BalanceMaglev
+	}
 	info := serviceInfo{
+		Balancing: string(balancing), AffinitySeconds: s.Affinity,
 		ID: s.Id, Name: names.Service(s.Id), Protocol: flow.ProtocolName(k.Proto), Frontend: frontend,
 		NodePort: frontend.Addr().IsUnspecified(), Backends: []backendInfo{}, Flags: bpf.ServiceFlagNames(s.Flags &^ bpf.ServiceDSR),
 		Return: string(state.ReturnTunnel),
@@ -145,6 +163,37 @@ func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]n
 	}
 	slices.SortFunc(info.Backends, func(a, b backendInfo) int { return a.Address.Compare(b.Address) })
 	return info
+}
+
+// addSources fills in the source ranges of the frontends that have SERVICE_SOURCE_RANGES. sources may be nil.
+func addSources(list []serviceInfo, sources *ebpf.Map) error {
+	if sources == nil {
+		return nil
+	}
+	ranges := map[uint32][]netip.Prefix{}
+	err := flow.Entries(sources, func(k bpf.SourceRangeKey, _ uint32) bool {
+		if p, err := k.Prefix(); err == nil {
+			ranges[k.ServiceId] = append(ranges[k.ServiceId], p)
+		}
+		return true
+	})
+	for i := range list {
+		if slices.Contains(list[i].Flags, sourceRangesFlag) {
+			list[i].SourceRanges = slices.SortedFunc(slices.Values(ranges[list[i].ID]), netip.Prefix.Compare)
+		}
+	}
+	return err
+}
+
+// sourceRangesFlag is the name of SERVICE_SOURCE_RANGES.
+const sourceRangesFlag = "source_ranges"
+
+// balance is how backends are chosen, in a table.
+func (s serviceInfo) balance() string {
+	if s.AffinitySeconds == 0 {
+		return s.Balancing
+	}
+	return fmt.Sprintf("%s, affinity %ds", s.Balancing, s.AffinitySeconds)
 }
 
 // locate fills in where the backends are.
@@ -177,7 +226,7 @@ func (l serviceList) print(w io.Writer) {
 		fmt.Fprintln(w, "no services: margay-agent has not written any")
 		return
 	}
-	t := newTable("NAME", "PROTO", "FRONTEND", "COUNT", "BACKENDS", "RETURN", "FLAGS")
+	t := newTable("NAME", "PROTO", "FRONTEND", "COUNT", "BACKENDS", "BALANCING", "RETURN", "FLAGS")
 	for _, s := range l.Services {
 		var ends []string
 		for _, b := range s.Backends {
@@ -187,6 +236,9 @@ func (l serviceList) print(w io.Writer) {
 			ends = append(ends, b.text(s.Protocol))
 		}
 		flags := slices.Clone(s.Flags)
+		if i := slices.Index(flags, sourceRangesFlag); i >= 0 {
+			flags[i] = "only from " + s.sources()
+		}
 		if s.NodePort {
 			flags = append([]string{"nodeport"}, flags...)
 		}
@@ -194,9 +246,18 @@ func (l serviceList) print(w io.Writer) {
 			flags = append(flags, fmt.Sprintf("%d missing", s.Missing))
 		}
 		name := cmp.Or(s.Name, fmt.Sprintf("service %d", s.ID))
-		t.add(name, s.Protocol, s.Frontend.String(), s.counts(), dash(shorten(ends, 3)), s.Return, dash(strings.Join(flags, ",")))
+		t.add(name, s.Protocol, s.Frontend.String(), s.counts(), dash(shorten(ends, 3)), s.balance(), s.Return, dash(strings.Join(flags, ",")))
 	}
 	t.print(w)
+}
+
+// sources names the source ranges in a table.
+func (s serviceInfo) sources() string {
+	var text []string
+	for _, p := range s.SourceRanges {
+		text = append(text, p.String())
+	}
+	return cmp.Or(shorten(text, 3), "nowhere")
 }
 
 // counts says how many backends there are, by scope where the scopes differ.

@@ -322,8 +322,6 @@ static __always_inline int claim_answers(struct __sk_buff *skb, struct new_flow 
 			if (ret <= 0)
 				return ret;
 		}
-		if (!source_port_may_change(nf->post.proto))
-			return -DROP_NAT_COLLISION;
 	}
 	return masquerades ? -DROP_NO_SOURCE_PORT : -DROP_NAT_COLLISION;
 }
@@ -450,6 +448,7 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	ret = store_flow(skb, nf);
 	if (ret)
 		return ret;
+	affinity_note(nf);
 	if (!nf->known && (node_flags() & NODE_VERDICT_EVENTS))
 		emit(skb, p, EVENT_VERDICT, DROP_NONE);
 	return forward(skb, p, &nf->entry);

@@ -16,6 +16,7 @@
 #define TIMEOUT_TCP_CLOSING 120
 #define TIMEOUT_TCP_TENTATIVE 60
 #define TIMEOUT_UDP 300
+#define TIMEOUT_SCTP 210 /* several heartbeats, one of which comes every 30 s (RFC 9260 §8.3) */
 #define TIMEOUT_OTHER 60
 
 static __always_inline __u32 endpoint_epoch(__u32 ifindex)
@@ -117,6 +118,8 @@ static __always_inline __u32 flow_timeout(__u8 proto, const struct flow *f, cons
 {
 	if (proto == IPPROTO_UDP)
 		return TIMEOUT_UDP;
+	if (proto == IPPROTO_SCTP)
+		return TIMEOUT_SCTP;
 	if (proto != IPPROTO_TCP)
 		return TIMEOUT_OTHER;
 	if (flow_is_closing(f, other))

@@ -3,7 +3,8 @@
 
 /* Service → backend, once per flow. */
 
-#include "flow.h"
+#include "affinity.h"
+#include "maglev.h"
 #include "policy.h"
 
 /*
@@ -71,17 +72,39 @@ static __always_inline int backend_still_serves(const struct flow *f)
 	return bpf_map_lookup_elem(&service_backends, &m) != NULL;
 }
 
-/* A backend of the list, uniformly at random. NULL: it has none. */
-static __always_inline struct backend *backend_choose(__u32 list, __u32 count)
+/* The list that the scope uses, as enum service_backend_flags says it. */
+static __always_inline __u32 list_flag(const struct service *s, __u32 scope)
 {
-	struct backend_key bk = {.list = list, .slot = bpf_get_prandom_u32() % count};
-	struct backend *b = bpf_map_lookup_elem(&backends, &bk);
+	if ((s->flags & SERVICE_INTERNAL_LOCAL) || (scope == SCOPE_EXTERNAL && (s->flags & SERVICE_EXTERNAL_LOCAL)))
+		return SERVICE_BACKEND_LOCAL;
+	return SERVICE_BACKEND_CLUSTER;
+}
 
-	if (b)
-		return b;
-	/* The list shrank since count was read: its first slot goes last. */
-	bk.slot = 0;
-	return bpf_map_lookup_elem(&backends, &bk);
+/*
+ * A backend of the scope's list, which is not empty, for a new flow: the one that the client had, or by the flow's hash, or uniformly at
+ * random.
+ */
+static __always_inline int backend_choose(const struct service *s, __u32 scope, const struct flow_key *key, struct backend *to)
+{
+	struct backend_key bk = {.list = s->list[scope]};
+	struct backend *b;
+
+	if (s->affinity && affinity_find(s, list_flag(s, scope), &key->src, to))
+		return 0;
+	bk.slot = maglev_slot(s, scope, key);
+	/* No table, or one that is newer than our copy of the service. */
+	if (bk.slot >= s->count[scope])
+		bk.slot = bpf_get_prandom_u32() % s->count[scope];
+	b = bpf_map_lookup_elem(&backends, &bk);
+	if (!b) {
+		/* The list shrank since count was read: its first slot goes last. */
+		bk.slot = 0;
+		b = bpf_map_lookup_elem(&backends, &bk);
+	}
+	if (!b)
+		return -DROP_SERVICE_NO_BACKEND;
+	*to = *b;
+	return 0;
 }
 
 /*
@@ -99,10 +122,49 @@ static __always_inline struct backend *backend_here(const struct service *s, __u
 	return bpf_map_lookup_elem(&backends, &bk);
 }
 
+/* May the source use the load balancer address (contract row V10)? */
+static __always_inline int source_allowed(const struct service *s, const struct addr *src)
+{
+	struct source_range_key key = {.prefixlen = 32 + 128, .service_id = s->id, .addr = *src};
+
+	return !(s->flags & SERVICE_SOURCE_RANGES) || bpf_map_lookup_elem(&source_ranges, &key);
+}
+
+/*
+ * What no frontend was found for: the services' addresses are nobody else's, so nothing there is routed on (contract row V9). What
+ * another node has forwarded is left alone, because that node may know the service earlier than we.
+ */
+static __always_inline int service_missing(const struct flow_key *key, __u32 hook)
+{
+	struct service_addr_key k = {.prefixlen = 128, .addr = key->dst};
+	__u32 *what;
+
+	if (hook != HOOK_FROM_POD && hook != HOOK_FROM_NETDEV)
+		return 0;
+	what = bpf_map_lookup_elem(&service_addrs, &k);
+	if (!what)
+		return 0;
+	return *what == SERVICE_ADDR_ACTIVE ? -DROP_SERVICE_UNKNOWN_PORT : -DROP_SERVICE_UNALLOCATED;
+}
+
 /* Is the backend on another node? Returns its index, or 0. */
 static __always_inline __u32 backend_node(const struct backend *b)
 {
 	return endpoint_of(&b->addr) ? 0 : node_of(&b->addr);
+}
+
+/* Chooses a backend, as the node that decides. */
+static __always_inline int service_choose(struct new_flow *nf, const struct service *s, __u32 scope, struct backend *to)
+{
+	if (!source_allowed(s, &nf->fwd.src))
+		return -DROP_SOURCE_RANGE;
+	if (s->count[scope] == 0) {
+		if (s->flags & (scope == SCOPE_EXTERNAL ? SERVICE_DROP_EXTERNAL : SERVICE_DROP_INTERNAL))
+			return -DROP_SERVICE_NO_LOCAL;
+		return -DROP_SERVICE_NO_BACKEND;
+	}
+	nf->affinity = s->affinity;
+	return backend_choose(s, scope, &nf->fwd, to);
 }
 
 /*
@@ -125,14 +187,16 @@ static __always_inline void service_forward(struct new_flow *nf, const struct se
 __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 {
 	__u32 scope = hook == HOOK_FROM_POD ? SCOPE_INTERNAL : SCOPE_EXTERNAL, node;
+	struct backend chosen, *b = &chosen;
 	struct service *s;
-	struct backend *b;
+	int ret;
 
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
+	nf->affinity = 0;
 	s = service_find(&nf->fwd, hook);
 	if (!s)
-		return 0;
+		return service_missing(&nf->fwd, hook);
 	nf->service_id = s->id;
 	nf->service_epoch = service_epoch(s->id);
 	/* Again: what is read from here on is not older than the epoch. */
@@ -144,14 +208,9 @@ __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 		if (!b)
 			return -DROP_SERVICE_NO_LOCAL;
 	} else {
-		if (s->count[scope] == 0) {
-			if (s->flags & (scope == SCOPE_EXTERNAL ? SERVICE_DROP_EXTERNAL : SERVICE_DROP_INTERNAL))
-				return -DROP_SERVICE_NO_LOCAL;
-			return -DROP_SERVICE_NO_BACKEND;
-		}
-		b = backend_choose(s->list[scope], s->count[scope]);
-		if (!b)
-			return -DROP_SERVICE_NO_BACKEND;
+		ret = service_choose(nf, s, scope, &chosen);
+		if (ret)
+			return ret;
 		node = hook == HOOK_FROM_POD ? 0 : backend_node(b);
 		if (node) {
 			/* Sent by a pod whose node will soon know the service itself: forwarded once more it would not be believed. */

@@ -3,7 +3,7 @@
 
 /* Address rewrite of one packet, from the tuple it has to the tuple it shall have. */
 
-#include "parse.h"
+#include "sctp.h"
 
 /* From kernel 6.16 on: the checksum of a whole received packet (CHECKSUM_COMPLETE) does not change with an IPv6 address. */
 #define BPF_F_IPV6 (1ULL << 7)
@@ -70,6 +70,14 @@ static __always_inline int nat_l4_csum(struct __sk_buff *skb, struct pkt *p, con
 	return bpf_l4_csum_replace(skb, off, 0, port_diff, flags) ? -DROP_NAT : 0;
 }
 
+/* SCTP's checksum covers the ports, but no address. */
+static __always_inline int nat_sctp_csum(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to)
+{
+	__u32 change = (p->key.sport ^ to->sport) | (__u32)(p->key.dport ^ to->dport) << 16;
+
+	return change ? sctp_change_ports(skb, p, change) : 0;
+}
+
 static __always_inline int nat_l3(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 addr_diff)
 {
 	struct iphdr *ip4;
@@ -115,11 +123,7 @@ __noinline int nat_rewrite(struct __sk_buff *skb, struct pkt *p, const struct fl
 		return -DROP_NAT;
 	if (unlikely(p->frag == FRAG_LATER))
 		return nat_later_fragment(skb, p, to, diff);
-	/* SCTP's CRC32c covers the ports but no address; a changed port would need a whole new sum. */
-	if (p->key.proto != IPPROTO_SCTP)
-		ret = nat_l4_csum(skb, p, to, diff);
-	else
-		ret = p->key.sport == to->sport && p->key.dport == to->dport ? 0 : -DROP_NAT;
+	ret = p->key.proto == IPPROTO_SCTP ? nat_sctp_csum(skb, p, to) : nat_l4_csum(skb, p, to, diff);
 	if (ret)
 		return ret;
 	ret = nat_l3(skb, p, to, diff);

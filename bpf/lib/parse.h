@@ -10,6 +10,8 @@
 
 #define MAX_EXT_HEADERS 4
 #define MAX_L4_OFF 255 /* lets the verifier bound the offset */
+#define SCTP_HEADER 12
+#define SCTP_INIT 1
 
 /* A pointer to len bytes at off, or NULL where the packet is shorter. */
 static __always_inline void *pkt_at(const struct __sk_buff *skb, __u32 off, __u32 len)
@@ -146,6 +148,7 @@ static __always_inline int parse_icmp(struct __sk_buff *skb, struct pkt *p)
 static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 {
 	struct tcphdr *tcp;
+	__u8 *chunk;
 
 	if (p->key.proto == IPPROTO_TCP) {
 		tcp = pkt_at(skb, p->l4_off, sizeof(*tcp));
@@ -158,6 +161,12 @@ static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 	}
 	if (p->key.proto == IPPROTO_ICMP || p->key.proto == IPPROTO_ICMPV6)
 		return parse_icmp(skb, p);
+	if (p->key.proto == IPPROTO_SCTP) {
+		/* The type of the first chunk. */
+		chunk = pkt_at(skb, p->l4_off + SCTP_HEADER, 1);
+		if (chunk && *chunk == SCTP_INIT)
+			p->tcp_flags = TCP_SYN;
+	}
 	return parse_ports(skb, p->l4_off, &p->key);
 }
 

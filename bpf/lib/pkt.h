@@ -16,7 +16,7 @@ struct pkt {
 	__u16 l3_proto;	      /* host byte order: ETH_P_IP, ETH_P_IPV6, ETH_P_ARP */
 	__u8 hook;	      /* enum hook */
 	__u8 direction;	      /* enum direction: of the counter and the event */
-	__u8 tcp_flags;	      /* 0 unless TCP */
+	__u8 tcp_flags;	      /* 0 unless TCP; of SCTP: TCP_SYN for an INIT, which opens an association as a SYN does a connection */
 	__u8 icmp_type;	      /* 0 unless ICMP */
 	__u8 kind;	      /* enum pkt_kind */
 	__u8 ttl;

@@ -2,8 +2,8 @@
 #pragma once
 
 /*
- * "Connection refused" for a service without endpoints (contract row V8): a TCP reset, or ICMP port unreachable. The client's packet
- * is turned into the answer, in place, and sent back through the device that it came from (answer in toobig.h).
+ * "Connection refused" for a service without endpoints (contract row V8) or port (V9): a TCP reset, or ICMP port unreachable. The client's
+ * packet is turned into the answer, in place, and sent back through the device that it came from (answer in toobig.h).
  */
 
 #include "drop.h"
@@ -179,10 +179,17 @@ __noinline int refuse_ipv6(struct __sk_buff *skb, struct pkt *p)
 	return 0;
 }
 
-/* Turns the packet into the answer, but for its MACs. */
-static __always_inline int refuse(struct __sk_buff *skb, struct pkt *p)
+/* Turns the packet into the answer, but for its MACs. reason is why, and what is returned, negative, for a packet that gets no answer. */
+static __always_inline int refuse(struct __sk_buff *skb, struct pkt *p, int reason)
 {
+	int ret;
+
+	/* A port that is not there says nothing to who pings. */
+	if (p->key.proto == IPPROTO_ICMP || p->key.proto == IPPROTO_ICMPV6)
+		return -reason;
 	if (p->key.proto == IPPROTO_TCP)
-		return refuse_tcp(skb, p);
-	return p->l3_proto == ETH_P_IP ? refuse_ipv4(skb, p) : refuse_ipv6(skb, p);
+		ret = refuse_tcp(skb, p);
+	else
+		ret = p->l3_proto == ETH_P_IP ? refuse_ipv4(skb, p) : refuse_ipv6(skb, p);
+	return ret == -DROP_SERVICE_NO_BACKEND ? -reason : ret;
 }

@@ -23,12 +23,6 @@ static __always_inline int is_icmp(__u8 proto)
 	return proto == IPPROTO_ICMP || proto == IPPROTO_ICMPV6;
 }
 
-/* SCTP's CRC32c covers the ports, and the whole packet with them: its port stays as it is. */
-static __always_inline int source_port_may_change(__u8 proto)
-{
-	return proto != IPPROTO_SCTP;
-}
-
 /*
  * The next try, from a random start. In steps of the golden ratio the tries lie evenly over the whole range, whichever stretches of it are
  * full or reserved: pods' kernels hand out ports in rows.

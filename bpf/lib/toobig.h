@@ -101,7 +101,7 @@ __noinline int too_big_ipv6(struct __sk_buff *skb, struct pkt *p)
 /* Does the sender hear of it when its packet is dropped for this reason? */
 static __always_inline int has_answer(int ret)
 {
-	return unlikely(ret == -DROP_SERVICE_NO_BACKEND || ret == -DROP_TOO_BIG);
+	return unlikely(ret == -DROP_SERVICE_NO_BACKEND || ret == -DROP_SERVICE_UNKNOWN_PORT || ret == -DROP_TOO_BIG);
 }
 
 /*
@@ -113,8 +113,8 @@ static __always_inline int answer(struct __sk_buff *skb, struct pkt *p, int ret)
 	struct ethhdr *eth;
 	__u32 reason = -ret;
 
-	if (reason == DROP_SERVICE_NO_BACKEND)
-		ret = refuse(skb, p);
+	if (reason != DROP_TOO_BIG)
+		ret = refuse(skb, p, reason);
 	else
 		ret = p->l3_proto == ETH_P_IP ? too_big_ipv4(skb, p) : too_big_ipv6(skb, p);
 	if (ret)

@@ -46,6 +46,12 @@ func (p *pipeline) numberAfresh() {
 	for k := range p.m.members.have {
 		services[k.ServiceId] = true
 	}
+	for k := range p.m.ranges.have {
+		services[k.ServiceId] = true
+	}
+	for k := range p.m.maglev.have {
+		list = max(list, k.List)
+	}
 	for k := range p.m.backends.have {
 		if k.List > service.MaxList {
 			services[k.List&^bpf.BackendByHash] = true

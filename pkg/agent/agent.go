@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path"
 	"sync"
@@ -55,6 +56,13 @@ type Config struct {
 	SelectorSlices bool
 	// ServiceReturn is the way back for services without an annotation of their own; default tunnel.
 	ServiceReturn state.ServiceReturn
+	// LoadBalancing is how backends are chosen for services without an annotation of their own; default at random.
+	LoadBalancing state.LoadBalancing
+	// ServiceCIDRs are the ranges that cluster addresses are taken from; empty: not known, so nothing is done about addresses of theirs
+	// that no service has.
+	ServiceCIDRs []netip.Prefix
+	// NodePortAddresses are the addresses that NodePorts are served on.
+	NodePortAddresses NodePortAddresses
 	// Tables, Epochs, Attach and Sweep are the kernel.
 	Tables Tables
 	Epochs Epochs
@@ -104,6 +112,13 @@ func (c *Config) validate() error {
 	if !c.ServiceReturn.Known() {
 		errs = append(errs, fmt.Errorf("service return is %q, want %q or %q",
 			string(c.ServiceReturn), string(state.ReturnTunnel), string(state.ReturnDSR)))
+	}
+	if c.LoadBalancing == "" {
+		c.LoadBalancing = state.BalanceRandom
+	}
+	if !c.LoadBalancing.Known() {
+		errs = append(errs, fmt.Errorf("load balancing is %q, want %q or %q",
+			string(c.LoadBalancing), string(state.BalanceRandom), string(state.BalanceMaglev)))
 	}
 	if c.Resync < 0 {
 		errs = append(errs, fmt.Errorf("resync is %v, want a positive duration", c.Resync))

@@ -35,13 +35,18 @@ type fakeKernel struct {
 	egress    *fakeTable[uint32, bpf.EgressAddrs]
 	reserved  *fakeTable[uint32, uint64]
 	nodeState *fakeTable[uint32, bpf.NodeState]
+	maglev    *fakeTable[bpf.MaglevKey, bpf.MaglevChunk]
+	ranges    *fakeTable[bpf.SourceRangeKey, uint32]
+	addrs     *fakeTable[bpf.ServiceAddrKey, uint32]
 
 	rand  *rand.Rand
 	fault float64
 	// killAfter, if positive, is after how many operations everything panics with errKilled.
 	killAfter int
 	ops       []string
-	check     func(op string)
+	// deleting says that the last change of a map was a delete.
+	deleting bool
+	check    func(op string)
 
 	endpointEpochs map[int]int
 	serviceEpochs  map[uint32]int
@@ -79,6 +84,9 @@ func newKernel(seed uint64) *fakeKernel {
 	k.egress = newTable[uint32, bpf.EgressAddrs](k, "egress_addrs")
 	k.reserved = newTable[uint32, uint64](k, "reserved_ports")
 	k.nodeState = newTable[uint32, bpf.NodeState](k, "node_state")
+	k.maglev = newTable[bpf.MaglevKey, bpf.MaglevChunk](k, "maglev")
+	k.ranges = newTable[bpf.SourceRangeKey, uint32](k, "source_ranges")
+	k.addrs = newTable[bpf.ServiceAddrKey, uint32](k, "service_addrs")
 	return k
 }
 
@@ -87,6 +95,7 @@ func (k *fakeKernel) tables() Tables {
 		Policy: k.policy, IPCache: k.ipcache, Endpoints: k.endpoints, Pending: k.pending,
 		Services: k.services, Backends: k.backends, ServiceBackends: k.members, NodeAddrs: k.nodeAddrs,
 		Nodes: k.nodes, Routes: k.routes, EgressAddrs: k.egress, ReservedPorts: k.reserved, NodeState: k.nodeState,
+		Maglev: k.maglev, SourceRanges: k.ranges, ServiceAddrs: k.addrs,
 	}
 }
 
@@ -126,6 +135,7 @@ func (t *fakeTable[K, V]) Put(k K, v V) error {
 		return err
 	}
 	t.entries[k] = v
+	t.kernel.deleting = false
 	t.kernel.done(op)
 	return nil
 }
@@ -150,6 +160,7 @@ func (t *fakeTable[K, V]) Delete(k K, had V) error {
 		return err
 	}
 	delete(t.entries, k)
+	t.kernel.deleting = true
 	t.kernel.done(op)
 	return nil
 }

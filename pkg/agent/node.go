@@ -17,6 +17,8 @@ import (
 type nodeFacts struct {
 	// addrs are this node's addresses with NODE_ADDR_LOCAL and, where NodePorts are served, NODE_ADDR_NODEPORT.
 	addrs map[netip.Addr]uint32
+	// ordered are those on which NodePorts could be served, the ones of the device with the default route first.
+	ordered []netip.Addr
 	// routes is a fingerprint of everything that decides where a packet goes, and how large it may be, except routes to our own pods.
 	routes string
 	// devices shows what carries our programs.
@@ -39,8 +41,9 @@ type nodeMaps struct {
 	egress map[uint32]bpf.EgressAddrs
 }
 
-// newNodeMaps turns a compilation, nil if there is none yet, into map content. What this machine knows of its own addresses goes first.
-func newNodeMaps(r *node.Result, local map[netip.Addr]uint32) nodeMaps {
+// newNodeMaps turns a compilation, nil if there is none yet, into map content. What this machine knows of its own addresses goes
+// first. serves says on which addresses of other nodes NodePorts are served.
+func newNodeMaps(r *node.Result, local map[netip.Addr]uint32, serves func(netip.Addr) bool) nodeMaps {
 	w := nodeMaps{
 		nodes: map[uint32]bpf.Node{}, routes: map[bpf.RouteKey]bpf.Route{}, addrs: map[bpf.Addr]uint32{}, egress: map[uint32]bpf.EgressAddrs{},
 	}
@@ -52,7 +55,10 @@ func newNodeMaps(r *node.Result, local map[netip.Addr]uint32) nodeMaps {
 			w.routes[bpf.NewRouteKey(p)] = bpf.Route{Node: route.Node, Flags: routeFlags(route)}
 		}
 		for a, v := range r.Addresses {
-			flags := bpf.NodeAddrRemote | bpf.NodeAddrNodePort | uint32(v.Node)<<bpf.NodeAddrIndexShift
+			flags := bpf.NodeAddrRemote | uint32(v.Node)<<bpf.NodeAddrIndexShift
+			if serves(a) {
+				flags |= bpf.NodeAddrNodePort
+			}
 			if v.Overlay {
 				flags |= bpf.NodeAddrOverlay
 			}
@@ -151,7 +157,7 @@ func (l *nodePlan) empty() bool {
 // planNodes compares. With hold an entry is neither deleted nor given to another node: the owner may be in what the source cannot read. The
 // machine's own addresses are nobody else's to say.
 func (p *pipeline) planNodes(hold bool) *nodePlan {
-	l := &nodePlan{want: newNodeMaps(p.nodeResult, p.facts.addrs), fingerprintMove: p.facts.routes != p.routes}
+	l := &nodePlan{want: newNodeMaps(p.nodeResult, p.ownAddrs(), p.serves), fingerprintMove: p.facts.routes != p.routes}
 	l.nodesPut, l.nodesGone = p.m.nodes.plan(l.want.nodes, always, func(bpf.Node) bool { return !hold })
 	l.routesPut, l.routesGone = p.m.routes.plan(l.want.routes,
 		func(have, want bpf.Route) bool { return !hold || have.Node == want.Node }, func(bpf.Route) bool { return !hold })

@@ -183,7 +183,7 @@ func (w *nodeWatcher) survey(verify bool) bool {
 	}
 	facts := nodeFacts{
 		addrs: addrs, routes: s.fingerprint(), devices: chosen, machine: machine, overlay: w.overlay,
-		overlayDevice: w.overlayStatus(s), problems: w.networkProblems(),
+		overlayDevice: w.overlayStatus(s), problems: w.networkProblems(), ordered: s.ordered(chosen),
 	}
 	facts.problems = append(facts.problems, w.notrackProblems()...)
 	if !reflect.DeepEqual(facts, w.last) {

@@ -90,7 +90,7 @@ func (p *pipeline) keepNumbers() {
 	keepSpace(&n.Policy.Policies, p.kept.Policy.Policies)
 	keepSpace(&n.Policy.Rules, p.kept.Policy.Rules)
 	keepPorts(&n.Service, p.kept.Service)
-	policies, services := newCompilers(p.node, p.policies.Limits, p.services.DefaultReturn)
+	policies, services := newCompilers(p.node, p.policies.Limits, p.services.DefaultReturn, p.services.DefaultBalancing)
 	if err := errors.Join(policies.Import(n.Policy), services.Import(n.Service)); err != nil {
 		p.log.Error("numbers of what the source cannot read are lost", "err", err)
 		return

@@ -161,7 +161,7 @@ func (o *observer) eligible(s *state.Snapshot) {
 
 // healthCheckAddrs are the addresses of healthCheckNodePort, nil for all.
 func (o *observer) healthCheckAddrs(facts *nodeFacts) []netip.Addr {
-	if len(o.cfg.Serve.NodePortAddresses) == 0 {
+	if len(o.cfg.NodePortAddresses.Prefixes) == 0 {
 		return nil
 	}
 	out := []netip.Addr{}
@@ -169,7 +169,7 @@ func (o *observer) healthCheckAddrs(facts *nodeFacts) []netip.Addr {
 		return out
 	}
 	for a := range facts.addrs {
-		if slices.ContainsFunc(o.cfg.Serve.NodePortAddresses, func(p netip.Prefix) bool { return p.Contains(a) }) {
+		if slices.ContainsFunc(o.cfg.NodePortAddresses.Prefixes, func(p netip.Prefix) bool { return p.Contains(a) }) {
 			out = append(out, a)
 		}
 	}

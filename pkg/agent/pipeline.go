@@ -45,6 +45,9 @@ type mirrors struct {
 	services  *mirror[bpf.FrontendKey, bpf.Service]
 	backends  *mirror[bpf.BackendKey, bpf.Backend]
 	members   *mirror[bpf.ServiceBackend, uint32]
+	maglev    *mirror[bpf.MaglevKey, bpf.MaglevChunk]
+	ranges    *mirror[bpf.SourceRangeKey, uint32]
+	addrs     *mirror[bpf.ServiceAddrKey, uint32]
 	nodeAddrs *mirror[bpf.Addr, uint32]
 	nodes     *mirror[uint32, bpf.Node]
 	routes    *mirror[bpf.RouteKey, bpf.Route]
@@ -64,7 +67,7 @@ type condition interface {
 func (m *mirrors) all() []condition {
 	return []condition{
 		m.policy, m.ipcache, m.endpoints, m.pending, m.services, m.backends, m.members, m.nodeAddrs, m.nodes, m.routes, m.egress, m.reserved,
-		m.nodeState,
+		m.nodeState, m.maglev, m.ranges, m.addrs,
 	}
 }
 
@@ -83,6 +86,9 @@ func newMirrors(t Tables, log *slog.Logger) mirrors {
 		egress:    newMirror("egress_addrs", t.EgressAddrs, log),
 		reserved:  newMirror("reserved_ports", t.ReservedPorts, log),
 		nodeState: newMirror("node_state", t.NodeState, log),
+		maglev:    newMirror("maglev", t.Maglev, log),
+		ranges:    newMirror("source_ranges", t.SourceRanges, log),
+		addrs:     newMirror("service_addrs", t.ServiceAddrs, log),
 	}
 }
 
@@ -105,6 +111,12 @@ type pipeline struct {
 	reach Reach
 	// verdicts says that verdict events are wanted.
 	verdicts bool
+	// serviceCIDRs are the ranges that cluster addresses are taken from, nodePorts the addresses that NodePorts are served on.
+	serviceCIDRs []netip.Prefix
+	nodePorts    NodePortAddresses
+	// primaries are the nodes' primary addresses, in the snapshot primariesOf.
+	primaries   map[netip.Addr]bool
+	primariesOf *state.Snapshot
 
 	// Inputs.
 	snapshots mailbox[snapshotFrom]
@@ -163,47 +175,51 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 	if n := cfg.MaxEntries["policy"]; n > 0 {
 		limits.Entries = int(n)
 	}
-	policies, services := newCompilers(cfg.Node, limits, cfg.ServiceReturn)
+	policies, services := newCompilers(cfg.Node, limits, cfg.ServiceReturn, cfg.LoadBalancing)
 	nodes := node.NewCompiler(cfg.Node, cfg.Reach.Mode, cfg.Reach.NonMasquerade, cfg.Reach.Egress)
 	if n := cfg.MaxEntries["nodes"]; n > 1 {
 		nodes.MaxIndex = uint16(min(n-1, node.MaxIndex))
 	}
 	file := func(name string) *savedFile { return &savedFile{path: filepath.Join(cfg.Run, name)} }
 	return &pipeline{
-		node:        cfg.Node,
-		slices:      cfg.SelectorSlices,
-		log:         cfg.Log,
-		store:       endpoint.NewStore(cfg.Run),
-		epochs:      cfg.Epochs,
-		host:        systemHost{},
-		now:         time.Now,
-		incomplete:  incomplete,
-		publish:     func(Round) {},
-		network:     func(*wantedNetwork) {},
-		reach:       cfg.Reach,
-		verdicts:    cfg.VerdictEvents,
-		nodes:       nodes,
-		resync:      cfg.Resync,
-		snapshots:   newMailbox[snapshotFrom](),
-		recordsIn:   newMailbox[[]*endpoint.Record](),
-		nodeIn:      newMailbox[nodeFacts](),
-		policies:    policies,
-		services:    services,
-		m:           newMirrors(cfg.Tables, cfg.Log),
-		absent:      map[string]int{},
-		numbers:     file(numbersFile),
-		serviceFile: file(servicesFile),
-		ruleFile:    file(rulesFile),
-		nodeNames:   file(flow.NodesFile),
-		nodeFile:    file(endpoint.NodeFile),
+		node:         cfg.Node,
+		slices:       cfg.SelectorSlices,
+		log:          cfg.Log,
+		store:        endpoint.NewStore(cfg.Run),
+		epochs:       cfg.Epochs,
+		host:         systemHost{},
+		now:          time.Now,
+		incomplete:   incomplete,
+		publish:      func(Round) {},
+		network:      func(*wantedNetwork) {},
+		reach:        cfg.Reach,
+		verdicts:     cfg.VerdictEvents,
+		nodes:        nodes,
+		resync:       cfg.Resync,
+		nodePorts:    cfg.NodePortAddresses,
+		serviceCIDRs: cfg.ServiceCIDRs,
+		snapshots:    newMailbox[snapshotFrom](),
+		recordsIn:    newMailbox[[]*endpoint.Record](),
+		nodeIn:       newMailbox[nodeFacts](),
+		policies:     policies,
+		services:     services,
+		m:            newMirrors(cfg.Tables, cfg.Log),
+		absent:       map[string]int{},
+		numbers:      file(numbersFile),
+		serviceFile:  file(servicesFile),
+		ruleFile:     file(rulesFile),
+		nodeNames:    file(flow.NodesFile),
+		nodeFile:     file(endpoint.NodeFile),
 	}
 }
 
-func newCompilers(node string, limits policy.Limits, way state.ServiceReturn) (*policy.Compiler, *service.Compiler) {
+func newCompilers(
+	node string, limits policy.Limits, way state.ServiceReturn, balancing state.LoadBalancing,
+) (*policy.Compiler, *service.Compiler) {
 	policies := policy.NewCompiler()
 	policies.Limits = limits
 	services := service.NewCompiler(node)
-	services.DefaultReturn = way
+	services.DefaultReturn, services.DefaultBalancing = way, balancing
 	return policies, services
 }
 
@@ -348,7 +364,7 @@ func (p *pipeline) compile() {
 		p.log.Error("policies could not be compiled; the last good ones stay in force", "err", p.policyErr)
 	}
 	p.serviceResult = p.services.Compile(s)
-	p.wantService = newServiceMaps(p.serviceResult)
+	p.wantService = newServiceMaps(p.serviceResult, p.serviceCIDRs...)
 	var err error
 	if p.wantEndpoints, err = wantedEndpoints(p.local, p.policyResult); err != nil {
 		p.log.Error("a record is of no use", "err", err)

@@ -120,7 +120,7 @@ func TestRestartWithoutUsableNumbers(t *testing.T) {
 			again := newRig(t, k, run)
 			again.pipeline.host = r.host
 			k.check = func(op string) {
-				if wrong := k.halfBuilt(); wrong != "" {
+				if wrong := k.halfBuilt(true); wrong != "" {
 					t.Fatalf("after %s: %s", op, wrong)
 				}
 			}

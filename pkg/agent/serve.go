@@ -20,8 +20,6 @@ type Serve struct {
 	Healthz, Metrics string
 	// Profiling adds /debug/pprof/ to Metrics.
 	Profiling bool
-	// NodePortAddresses are the prefixes of the node's addresses on which the health checks of services are; empty: on all addresses.
-	NodePortAddresses []netip.Prefix
 	// Flags are shown by /configz.
 	Flags any
 	// Programs is the build of the BPF programs, shown by the metrics.

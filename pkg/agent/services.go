@@ -22,6 +22,9 @@ func (p *pipeline) planServices(hold bool) []uint32 {
 // grow before the frontends that count them, and shrink by what the kernel's frontends actually count. The lists by hash
 // (BACKEND_BY_HASH) are written with the others; no frontend counts them, so what they should not hold goes with the last deletes.
 //
+// What a frontend refers to is there before it: its Maglev tables after the backends that these name, its source ranges, without which it
+// is closed to all. What says that an address has no such port (service_addrs) comes after the frontends that it has.
+//
 // With hold nothing is taken back: frontends, lists and members that the snapshot does not explain stay.
 func (p *pipeline) applyServices(hold bool) {
 	want := &p.wantService
@@ -32,16 +35,28 @@ func (p *pipeline) applyServices(hold bool) {
 	for k, v := range want.backends {
 		p.m.backends.put(k, v)
 	}
+	unfinished := p.putTables()
+	for k, v := range want.ranges {
+		p.m.ranges.put(k, v)
+	}
 	for k, v := range want.services {
-		if p.m.services.holds(k, v) || !p.backed(v) || (hold && p.empties(k, v)) {
+		if p.m.services.holds(k, v) || !p.backed(v) || !tabled(v, unfinished) || (hold && p.empties(k, v)) {
 			continue
 		}
 		p.m.services.put(k, v)
+	}
+	for k, v := range want.addrs {
+		p.m.addrs.put(k, v)
 	}
 	if !hold {
 		for _, k := range p.m.services.surplus(want.services) {
 			p.m.services.remove(k)
 		}
+		for _, k := range p.m.addrs.surplus(want.addrs) {
+			p.m.addrs.remove(k)
+		}
+		p.removeRanges()
+		p.removeTables()
 		for _, k := range p.m.members.surplus(want.members) {
 			p.m.members.remove(k)
 		}
@@ -51,6 +66,7 @@ func (p *pipeline) applyServices(hold bool) {
 		return
 	}
 	counted := p.counted()
+	p.named(counted)
 	for _, k := range p.m.backends.surplus(want.backends) {
 		if k.Slot >= counted[k.List] {
 			p.m.backends.remove(k)

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
 )
 
@@ -25,8 +26,14 @@ func randomServices(r *rand.Rand) *state.Snapshot {
 		key := state.Key{Namespace: "default", Name: fmt.Sprintf("svc%d", n)}
 		svc := &state.Service{
 			Key: key, Type: state.NodePort, ExternalLocal: r.IntN(2) == 0, InternalLocal: r.IntN(4) == 0,
-			ClusterIPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 96, 0, byte(n + 1)}), netip.MustParseAddr(fmt.Sprintf("fd96::%d", n+1))},
-			Ports:      []state.ServicePort{{Name: "web", Protocol: state.TCP, Port: 80, NodePort: uint16(30000 + n)}},
+			Balancing:       []state.LoadBalancing{state.BalanceRandom, state.BalanceMaglev, state.BalanceMaglev}[r.IntN(3)],
+			LoadBalancerIPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 96, 1, byte(n + 1)}), netip.MustParseAddr(fmt.Sprintf("fd96::1:%d", n+1))},
+			ClusterIPs:      []netip.Addr{netip.AddrFrom4([4]byte{10, 96, 0, byte(n + 1)}), netip.MustParseAddr(fmt.Sprintf("fd96::%d", n+1))},
+			Ports:           []state.ServicePort{{Name: "web", Protocol: state.TCP, Port: 80, NodePort: uint16(30000 + n)}},
+		}
+		for range r.IntN(3) {
+			bits := r.IntN(24) + 8
+			svc.LoadBalancerSourceRanges = append(svc.LoadBalancerSourceRanges, netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, 0}), bits).Masked())
 		}
 		s.Services[key] = svc
 		for _, ipv6 := range []bool{false, true} {
@@ -49,8 +56,9 @@ func randomServices(r *rand.Rand) *state.Snapshot {
 	return s
 }
 
-// halfBuilt returns what is wrong with the service maps at this instant, or "".
-func (k *fakeKernel) halfBuilt() string {
+// halfBuilt returns what is wrong with the service maps at this instant, or "". faultless says that no write has failed: where one has, a
+// frontend may be closed for a while, but it leads nowhere that it should not.
+func (k *fakeKernel) halfBuilt(faultless bool) string {
 	for frontend, svc := range k.services.entries {
 		for scope := range svc.List {
 			for slot := range svc.Count[scope] {
@@ -59,6 +67,59 @@ func (k *fakeKernel) halfBuilt() string {
 						frontend, svc.Count[scope], svc.List[scope], slot)
 				}
 			}
+		}
+		if wrong := k.tableFault(svc); wrong != "" {
+			return fmt.Sprintf("frontend %v: %s", frontend, wrong)
+		}
+		// A frontend whose ranges cannot be written is closed, not open.
+		if faultless && svc.Flags&bpf.ServiceSourceRanges != 0 && !k.hasRange(svc.Id) {
+			return fmt.Sprintf("frontend %v is limited to sources, and has none", frontend)
+		}
+	}
+	if faultless {
+		return k.addrFault()
+	}
+	return ""
+}
+
+// tableFault returns what is wrong with the Maglev tables that a service uses: a part is missing, or names a slot without backend.
+func (k *fakeKernel) tableFault(svc bpf.Service) string {
+	for scope, size := range svc.Maglev {
+		positions := int(service.TableSizes()[size])
+		for first := 0; first < positions; first += bpf.MaglevSlots {
+			key := bpf.MaglevKey{List: svc.List[scope], Size: size, Chunk: uint16(first / bpf.MaglevSlots)}
+			chunk, ok := k.maglev.entries[key]
+			if !ok {
+				return fmt.Sprintf("part %d of the table of list %d is not there", key.Chunk, key.List)
+			}
+			for _, slot := range chunk.Slot[:min(bpf.MaglevSlots, positions-first)] {
+				if _, ok := k.backends.entries[bpf.BackendKey{List: key.List, Slot: uint32(slot)}]; !ok {
+					return fmt.Sprintf("the table of list %d names slot %d, which is not there", key.List, slot)
+				}
+			}
+		}
+	}
+	return ""
+}
+
+func (k *fakeKernel) hasRange(id uint32) bool {
+	for r := range k.ranges.entries {
+		if r.ServiceId == id {
+			return true
+		}
+	}
+	return false
+}
+
+// addrFault returns which cluster address refuses all ports because none of its frontends has been written yet, or "".
+func (k *fakeKernel) addrFault() string {
+	for a, what := range k.addrs.entries {
+		served := what != bpf.ServiceAddrActive
+		for f := range k.services.entries {
+			served = served || f.Addr == a.Addr
+		}
+		if !served && !k.deleting {
+			return fmt.Sprintf("%v refuses all ports", a.Addr.Netip())
 		}
 	}
 	return ""
@@ -113,7 +174,7 @@ func TestServicesAreNeverHalfBuilt(t *testing.T) {
 				k := newKernel(seed)
 				k.fault = fault
 				k.check = func(op string) {
-					if wrong := k.halfBuilt() + k.astray(); wrong != "" {
+					if wrong := k.halfBuilt(fault == 0) + k.astray(); wrong != "" {
 						t.Fatalf("after %s: %s", op, wrong)
 					}
 				}
@@ -131,6 +192,15 @@ func TestServicesAreNeverHalfBuilt(t *testing.T) {
 				}
 				if diff := cmp.Diff(r.wantService.members, k.members.entries); diff != "" {
 					t.Errorf("service_backends (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff(r.wantService.maglev, k.maglev.entries); diff != "" {
+					t.Errorf("maglev (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff(r.wantService.ranges, k.ranges.entries); diff != "" {
+					t.Errorf("source_ranges (-want +got):\n%s", diff)
+				}
+				if diff := cmp.Diff(r.wantService.addrs, k.addrs.entries); diff != "" {
+					t.Errorf("service_addrs (-want +got):\n%s", diff)
 				}
 			})
 		}
@@ -151,7 +221,7 @@ func TestKillBetweenAnyTwoWritesLosesNoServiceEpoch(t *testing.T) {
 		outstanding := map[uint32]bool{}
 		clear(k.serviceEpochs)
 		k.check = func(op string) {
-			if wrong := k.halfBuilt() + k.astray(); wrong != "" {
+			if wrong := k.halfBuilt(true) + k.astray(); wrong != "" {
 				t.Fatalf("kill at %d: after %s: %s", kill, op, wrong)
 			}
 			switch op {

@@ -56,6 +56,9 @@ type Tables struct {
 	EgressAddrs     Table[uint32, bpf.EgressAddrs]
 	ReservedPorts   Table[uint32, uint64]
 	NodeState       Table[uint32, bpf.NodeState]
+	Maglev          Table[bpf.MaglevKey, bpf.MaglevChunk]
+	SourceRanges    Table[bpf.SourceRangeKey, uint32]
+	ServiceAddrs    Table[bpf.ServiceAddrKey, uint32]
 }
 
 // kernelTable is a Table over a pinned map.
@@ -192,6 +195,9 @@ func KernelTables(m *datapath.Maps) Tables {
 		EgressAddrs:     kernelTable[uint32, bpf.EgressAddrs]{m: m.EgressAddrs},
 		ReservedPorts:   newArrayTable[uint64](m.ReservedPorts),
 		NodeState:       newArrayTable[bpf.NodeState](m.NodeState),
+		Maglev:          kernelTable[bpf.MaglevKey, bpf.MaglevChunk]{m: m.Maglev},
+		SourceRanges:    kernelTable[bpf.SourceRangeKey, uint32]{m: m.SourceRanges},
+		ServiceAddrs:    kernelTable[bpf.ServiceAddrKey, uint32]{m: m.ServiceAddrs},
 	}
 }
 
@@ -202,6 +208,7 @@ func MapSizes(m *datapath.Maps) map[string]uint32 {
 		"policy": m.Policy, "ipcache": m.IPCache, "endpoints": m.Endpoints, "pending": m.Pending, "services": m.Services,
 		"backends": m.Backends, "service_backends": m.ServiceBackends, "node_addrs": m.NodeAddrs, "nodes": m.Nodes, "routes": m.Routes,
 		"egress_addrs": m.EgressAddrs, "flows": m.Flows,
+		"maglev": m.Maglev, "source_ranges": m.SourceRanges, "service_addrs": m.ServiceAddrs,
 	} {
 		sizes[name] = one.MaxEntries()
 	}

@@ -20,14 +20,20 @@ type serviceMaps struct {
 	services map[bpf.FrontendKey]bpf.Service
 	backends map[bpf.BackendKey]bpf.Backend
 	members  map[bpf.ServiceBackend]uint32
+	maglev   map[bpf.MaglevKey]bpf.MaglevChunk
+	ranges   map[bpf.SourceRangeKey]uint32
+	addrs    map[bpf.ServiceAddrKey]uint32
 }
 
-// newServiceMaps turns a compilation into map content.
-func newServiceMaps(r *service.Result) serviceMaps {
+// newServiceMaps turns a compilation into map content. cidrs are the ranges that cluster addresses are taken from.
+func newServiceMaps(r *service.Result, cidrs ...netip.Prefix) serviceMaps {
 	w := serviceMaps{
 		services: make(map[bpf.FrontendKey]bpf.Service, len(r.Frontends)),
 		backends: make(map[bpf.BackendKey]bpf.Backend, len(r.Serving)),
 		members:  make(map[bpf.ServiceBackend]uint32, len(r.Serving)),
+		maglev:   map[bpf.MaglevKey]bpf.MaglevChunk{},
+		ranges:   make(map[bpf.SourceRangeKey]uint32, len(r.SourceRanges)),
+		addrs:    make(map[bpf.ServiceAddrKey]uint32, len(r.ClusterAddrs)+len(cidrs)),
 	}
 	for f, s := range r.Frontends {
 		w.services[bpf.NewFrontendKey(uint8(f.Protocol), f.Addr, f.Port)] = newService(s)
@@ -40,9 +46,14 @@ func newServiceMaps(r *service.Result) serviceMaps {
 	for id, backends := range r.LocalBackends {
 		w.addByHash(id, backends)
 	}
-	for m := range r.Serving {
-		w.members[bpf.NewServiceBackend(m.Service, m.Backend)] = 1
+	for m, in := range r.Serving {
+		w.members[bpf.NewServiceBackend(m.Service, m.Backend)] = membership(in)
 	}
+	for s := range r.SourceRanges {
+		w.ranges[bpf.NewSourceRangeKey(s.Service, s.Prefix)] = 1
+	}
+	w.addTables(r.Tables)
+	w.addAddrs(r.ClusterAddrs, cidrs)
 	return w
 }
 
@@ -63,7 +74,7 @@ func (w *serviceMaps) addByHash(id uint32, backends []netip.AddrPort) {
 }
 
 func newService(s service.Service) bpf.Service {
-	out := bpf.Service{Id: s.ID, List: s.Lists, Count: s.Counts, Affinity: s.AffinitySeconds}
+	out := bpf.Service{Id: s.ID, List: s.Lists, Count: s.Counts, Affinity: s.AffinitySeconds, Maglev: s.Tables}
 	if s.DropEmpty[service.External] {
 		out.Flags |= bpf.ServiceDropExternal
 	}
@@ -72,6 +83,12 @@ func newService(s service.Service) bpf.Service {
 	}
 	if s.ExternalLocal {
 		out.Flags |= bpf.ServiceExternalLocal
+	}
+	if s.InternalLocal {
+		out.Flags |= bpf.ServiceInternalLocal
+	}
+	if s.SourceRanges {
+		out.Flags |= bpf.ServiceSourceRanges
 	}
 	if s.DSR {
 		out.Flags |= bpf.ServiceDSR

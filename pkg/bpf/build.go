@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "4351112f140d1ef925162c5d"
+const build = "7db89e62011ccbb5bb743b5a"

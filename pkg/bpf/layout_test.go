@@ -21,6 +21,8 @@ var goForms = map[string]any{
 	"ipcache_key": IPCacheKey{}, "ipcache_entry": IPCacheEntry{}, "frontend_key": FrontendKey{}, "service": Service{},
 	"backend_key": BackendKey{}, "backend": Backend{}, "service_backend": ServiceBackend{}, "policy_key": PolicyKey{},
 	"policy_entry": PolicyEntry{}, "counter": Counter{}, "node_state": NodeState{}, "event": Event{}, "sweep": Sweep{},
+	"affinity_key": AffinityKey{}, "affinity": Affinity{}, "maglev_key": MaglevKey{}, "maglev_chunk": MaglevChunk{},
+	"source_range_key": SourceRangeKey{}, "service_addr_key": ServiceAddrKey{},
 	"node": Node{}, "route_key": RouteKey{}, "route": Route{}, "egress_addrs": EgressAddrs{},
 }
 

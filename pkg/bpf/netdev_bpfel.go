@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	netdevMapAffinity        = "affinity"
 	netdevMapBackends        = "backends"
 	netdevMapCounters        = "counters"
 	netdevMapEgressAddrs     = "egress_addrs"
@@ -29,6 +30,7 @@ const (
 	netdevMapHeldCursor      = "held_cursor"
 	netdevMapHeldFragments   = "held_fragments"
 	netdevMapIpcache         = "ipcache"
+	netdevMapMaglev          = "maglev"
 	netdevMapNodeAddrs       = "node_addrs"
 	netdevMapNodeState       = "node_state"
 	netdevMapNodes           = "nodes"
@@ -37,14 +39,18 @@ const (
 	netdevMapReservedPorts   = "reserved_ports"
 	netdevMapRoutes          = "routes"
 	netdevMapScratch         = "scratch"
+	netdevMapServiceAddrs    = "service_addrs"
 	netdevMapServiceBackends = "service_backends"
 	netdevMapServiceEpochs   = "service_epochs"
 	netdevMapServices        = "services"
+	netdevMapSourceRanges    = "source_ranges"
 	netdevProgFromL3Netdev   = "from_l3_netdev"
 	netdevProgFromNetdev     = "from_netdev"
 	netdevProgToNetdev       = "to_netdev"
 	netdevVarCfgDropEvents   = "cfg_drop_events"
 	netdevVarCfgEventRate    = "cfg_event_rate"
+	netdevVarCrc32cZeros     = "crc32c_zeros"
+	netdevVarMaglevSizes     = "maglev_sizes"
 )
 
 // loadNetdev returns the embedded CollectionSpec for netdev.
@@ -98,6 +104,7 @@ type netdevProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type netdevMapSpecs struct {
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
 	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
@@ -111,6 +118,7 @@ type netdevMapSpecs struct {
 	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
+	Maglev          *ebpf.MapSpec `ebpf:"maglev"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
@@ -119,9 +127,11 @@ type netdevMapSpecs struct {
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
 	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.MapSpec `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // netdevVariableSpecs contains global variables before they are loaded into the kernel.
@@ -130,6 +140,8 @@ type netdevMapSpecs struct {
 type netdevVariableSpecs struct {
 	CfgDropEvents *ebpf.VariableSpec `ebpf:"cfg_drop_events"`
 	CfgEventRate  *ebpf.VariableSpec `ebpf:"cfg_event_rate"`
+	Crc32cZeros   *ebpf.VariableSpec `ebpf:"crc32c_zeros"`
+	MaglevSizes   *ebpf.VariableSpec `ebpf:"maglev_sizes"`
 }
 
 // netdevObjects contains all objects after they have been loaded into the kernel.
@@ -152,6 +164,7 @@ func (o *netdevObjects) Close() error {
 //
 // It can be passed to loadNetdevObjects or ebpf.CollectionSpec.LoadAndAssign.
 type netdevMaps struct {
+	Affinity        *ebpf.Map `ebpf:"affinity"`
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
 	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
@@ -165,6 +178,7 @@ type netdevMaps struct {
 	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
+	Maglev          *ebpf.Map `ebpf:"maglev"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
@@ -173,13 +187,16 @@ type netdevMaps struct {
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
 	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.Map `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
 	Services        *ebpf.Map `ebpf:"services"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *netdevMaps) Close() error {
 	return _NetdevClose(
+		m.Affinity,
 		m.Backends,
 		m.Counters,
 		m.EgressAddrs,
@@ -193,6 +210,7 @@ func (m *netdevMaps) Close() error {
 		m.HeldCursor,
 		m.HeldFragments,
 		m.Ipcache,
+		m.Maglev,
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
@@ -201,9 +219,11 @@ func (m *netdevMaps) Close() error {
 		m.ReservedPorts,
 		m.Routes,
 		m.Scratch,
+		m.ServiceAddrs,
 		m.ServiceBackends,
 		m.ServiceEpochs,
 		m.Services,
+		m.SourceRanges,
 	)
 }
 
@@ -213,6 +233,8 @@ func (m *netdevMaps) Close() error {
 type netdevVariables struct {
 	CfgDropEvents *ebpf.Variable `ebpf:"cfg_drop_events"`
 	CfgEventRate  *ebpf.Variable `ebpf:"cfg_event_rate"`
+	Crc32cZeros   *ebpf.Variable `ebpf:"crc32c_zeros"`
+	MaglevSizes   *ebpf.Variable `ebpf:"maglev_sizes"`
 }
 
 // netdevPrograms contains all programs after they have been loaded into the kernel.

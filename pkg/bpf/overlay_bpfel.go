@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	overlayMapAffinity        = "affinity"
 	overlayMapBackends        = "backends"
 	overlayMapCounters        = "counters"
 	overlayMapEgressAddrs     = "egress_addrs"
@@ -29,6 +30,7 @@ const (
 	overlayMapHeldCursor      = "held_cursor"
 	overlayMapHeldFragments   = "held_fragments"
 	overlayMapIpcache         = "ipcache"
+	overlayMapMaglev          = "maglev"
 	overlayMapNodeAddrs       = "node_addrs"
 	overlayMapNodeState       = "node_state"
 	overlayMapNodes           = "nodes"
@@ -37,13 +39,17 @@ const (
 	overlayMapReservedPorts   = "reserved_ports"
 	overlayMapRoutes          = "routes"
 	overlayMapScratch         = "scratch"
+	overlayMapServiceAddrs    = "service_addrs"
 	overlayMapServiceBackends = "service_backends"
 	overlayMapServiceEpochs   = "service_epochs"
 	overlayMapServices        = "services"
+	overlayMapSourceRanges    = "source_ranges"
 	overlayProgFromOverlay    = "from_overlay"
 	overlayProgToOverlay      = "to_overlay"
 	overlayVarCfgDropEvents   = "cfg_drop_events"
 	overlayVarCfgEventRate    = "cfg_event_rate"
+	overlayVarCrc32cZeros     = "crc32c_zeros"
+	overlayVarMaglevSizes     = "maglev_sizes"
 )
 
 // loadOverlay returns the embedded CollectionSpec for overlay.
@@ -96,6 +102,7 @@ type overlayProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type overlayMapSpecs struct {
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
 	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
@@ -109,6 +116,7 @@ type overlayMapSpecs struct {
 	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
+	Maglev          *ebpf.MapSpec `ebpf:"maglev"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
@@ -117,9 +125,11 @@ type overlayMapSpecs struct {
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
 	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.MapSpec `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // overlayVariableSpecs contains global variables before they are loaded into the kernel.
@@ -128,6 +138,8 @@ type overlayMapSpecs struct {
 type overlayVariableSpecs struct {
 	CfgDropEvents *ebpf.VariableSpec `ebpf:"cfg_drop_events"`
 	CfgEventRate  *ebpf.VariableSpec `ebpf:"cfg_event_rate"`
+	Crc32cZeros   *ebpf.VariableSpec `ebpf:"crc32c_zeros"`
+	MaglevSizes   *ebpf.VariableSpec `ebpf:"maglev_sizes"`
 }
 
 // overlayObjects contains all objects after they have been loaded into the kernel.
@@ -150,6 +162,7 @@ func (o *overlayObjects) Close() error {
 //
 // It can be passed to loadOverlayObjects or ebpf.CollectionSpec.LoadAndAssign.
 type overlayMaps struct {
+	Affinity        *ebpf.Map `ebpf:"affinity"`
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
 	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
@@ -163,6 +176,7 @@ type overlayMaps struct {
 	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
+	Maglev          *ebpf.Map `ebpf:"maglev"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
@@ -171,13 +185,16 @@ type overlayMaps struct {
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
 	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.Map `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
 	Services        *ebpf.Map `ebpf:"services"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *overlayMaps) Close() error {
 	return _OverlayClose(
+		m.Affinity,
 		m.Backends,
 		m.Counters,
 		m.EgressAddrs,
@@ -191,6 +208,7 @@ func (m *overlayMaps) Close() error {
 		m.HeldCursor,
 		m.HeldFragments,
 		m.Ipcache,
+		m.Maglev,
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
@@ -199,9 +217,11 @@ func (m *overlayMaps) Close() error {
 		m.ReservedPorts,
 		m.Routes,
 		m.Scratch,
+		m.ServiceAddrs,
 		m.ServiceBackends,
 		m.ServiceEpochs,
 		m.Services,
+		m.SourceRanges,
 	)
 }
 
@@ -211,6 +231,8 @@ func (m *overlayMaps) Close() error {
 type overlayVariables struct {
 	CfgDropEvents *ebpf.Variable `ebpf:"cfg_drop_events"`
 	CfgEventRate  *ebpf.Variable `ebpf:"cfg_event_rate"`
+	Crc32cZeros   *ebpf.Variable `ebpf:"crc32c_zeros"`
+	MaglevSizes   *ebpf.Variable `ebpf:"maglev_sizes"`
 }
 
 // overlayPrograms contains all programs after they have been loaded into the kernel.

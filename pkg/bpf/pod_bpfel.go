@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	podMapAffinity        = "affinity"
 	podMapBackends        = "backends"
 	podMapCounters        = "counters"
 	podMapEgressAddrs     = "egress_addrs"
@@ -29,6 +30,7 @@ const (
 	podMapHeldCursor      = "held_cursor"
 	podMapHeldFragments   = "held_fragments"
 	podMapIpcache         = "ipcache"
+	podMapMaglev          = "maglev"
 	podMapNodeAddrs       = "node_addrs"
 	podMapNodeState       = "node_state"
 	podMapNodes           = "nodes"
@@ -37,13 +39,17 @@ const (
 	podMapReservedPorts   = "reserved_ports"
 	podMapRoutes          = "routes"
 	podMapScratch         = "scratch"
+	podMapServiceAddrs    = "service_addrs"
 	podMapServiceBackends = "service_backends"
 	podMapServiceEpochs   = "service_epochs"
 	podMapServices        = "services"
+	podMapSourceRanges    = "source_ranges"
 	podProgFromPod        = "from_pod"
 	podProgToPod          = "to_pod"
 	podVarCfgDropEvents   = "cfg_drop_events"
 	podVarCfgEventRate    = "cfg_event_rate"
+	podVarCrc32cZeros     = "crc32c_zeros"
+	podVarMaglevSizes     = "maglev_sizes"
 )
 
 // loadPod returns the embedded CollectionSpec for pod.
@@ -96,6 +102,7 @@ type podProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type podMapSpecs struct {
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
 	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
@@ -109,6 +116,7 @@ type podMapSpecs struct {
 	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
+	Maglev          *ebpf.MapSpec `ebpf:"maglev"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
@@ -117,9 +125,11 @@ type podMapSpecs struct {
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
 	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.MapSpec `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // podVariableSpecs contains global variables before they are loaded into the kernel.
@@ -128,6 +138,8 @@ type podMapSpecs struct {
 type podVariableSpecs struct {
 	CfgDropEvents *ebpf.VariableSpec `ebpf:"cfg_drop_events"`
 	CfgEventRate  *ebpf.VariableSpec `ebpf:"cfg_event_rate"`
+	Crc32cZeros   *ebpf.VariableSpec `ebpf:"crc32c_zeros"`
+	MaglevSizes   *ebpf.VariableSpec `ebpf:"maglev_sizes"`
 }
 
 // podObjects contains all objects after they have been loaded into the kernel.
@@ -150,6 +162,7 @@ func (o *podObjects) Close() error {
 //
 // It can be passed to loadPodObjects or ebpf.CollectionSpec.LoadAndAssign.
 type podMaps struct {
+	Affinity        *ebpf.Map `ebpf:"affinity"`
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
 	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
@@ -163,6 +176,7 @@ type podMaps struct {
 	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
+	Maglev          *ebpf.Map `ebpf:"maglev"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
@@ -171,13 +185,16 @@ type podMaps struct {
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
 	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.Map `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
 	Services        *ebpf.Map `ebpf:"services"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *podMaps) Close() error {
 	return _PodClose(
+		m.Affinity,
 		m.Backends,
 		m.Counters,
 		m.EgressAddrs,
@@ -191,6 +208,7 @@ func (m *podMaps) Close() error {
 		m.HeldCursor,
 		m.HeldFragments,
 		m.Ipcache,
+		m.Maglev,
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
@@ -199,9 +217,11 @@ func (m *podMaps) Close() error {
 		m.ReservedPorts,
 		m.Routes,
 		m.Scratch,
+		m.ServiceAddrs,
 		m.ServiceBackends,
 		m.ServiceEpochs,
 		m.Services,
+		m.SourceRanges,
 	)
 }
 
@@ -211,6 +231,8 @@ func (m *podMaps) Close() error {
 type podVariables struct {
 	CfgDropEvents *ebpf.Variable `ebpf:"cfg_drop_events"`
 	CfgEventRate  *ebpf.Variable `ebpf:"cfg_event_rate"`
+	Crc32cZeros   *ebpf.Variable `ebpf:"crc32c_zeros"`
+	MaglevSizes   *ebpf.Variable `ebpf:"maglev_sizes"`
 }
 
 // podPrograms contains all programs after they have been loaded into the kernel.

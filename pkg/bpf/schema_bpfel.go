@@ -18,6 +18,20 @@ type dpAddr struct {
 	B [16]uint8
 }
 
+type dpAffinity struct {
+	_        structs.HostLayout
+	Addr     dpAddr
+	Port     uint16
+	Pad      uint16
+	LastUsed uint32
+}
+
+type dpAffinityKey struct {
+	_         structs.HostLayout
+	Client    dpAddr
+	ServiceId uint32
+}
+
 type dpBackend struct {
 	_     structs.HostLayout
 	Addr  dpAddr
@@ -101,7 +115,9 @@ const (
 	dpDropReasonDROP_NO_EGRESS_ADDRESS    dpDropReason = 29
 	dpDropReasonDROP_TOO_BIG              dpDropReason = 30
 	dpDropReasonDROP_FRAGMENT_LOST        dpDropReason = 31
-	dpDropReasonDROP_REASONS              dpDropReason = 32
+	dpDropReasonDROP_SOURCE_RANGE         dpDropReason = 32
+	dpDropReasonDROP_SERVICE_UNALLOCATED  dpDropReason = 33
+	dpDropReasonDROP_REASONS              dpDropReason = 34
 )
 
 type dpEgressAddrs struct {
@@ -312,6 +328,19 @@ type dpIpcacheKey struct {
 	Addr      dpAddr
 }
 
+type dpMaglevChunk struct {
+	_    structs.HostLayout
+	Slot [64]uint16
+}
+
+type dpMaglevKey struct {
+	_     structs.HostLayout
+	List  uint32
+	Chunk uint16
+	Size  uint8
+	Pad   uint8
+}
+
 type dpNewFlow struct {
 	_             structs.HostLayout
 	Fwd           dpFlowKey
@@ -320,6 +349,7 @@ type dpNewFlow struct {
 	Src           dpEndpoint
 	Dst           dpEndpoint
 	Backend       dpAddr
+	Affinity      uint32
 	OutIfindex    [2]uint32
 	ServiceId     uint32
 	ServiceEpoch  uint32
@@ -469,7 +499,21 @@ type dpService struct {
 	Count    [2]uint32
 	Flags    uint32
 	Affinity uint32
-	Reserved uint32
+	Maglev   [2]uint8
+	Reserved uint16
+}
+
+type dpServiceAddr uint32
+
+const (
+	dpServiceAddrSERVICE_ADDR_RANGE  dpServiceAddr = 1
+	dpServiceAddrSERVICE_ADDR_ACTIVE dpServiceAddr = 2
+)
+
+type dpServiceAddrKey struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	Addr      dpAddr
 }
 
 type dpServiceBackend struct {
@@ -480,6 +524,14 @@ type dpServiceBackend struct {
 	Pad       uint16
 }
 
+type dpServiceBackendFlags uint32
+
+const (
+	dpServiceBackendFlagsSERVICE_BACKEND_SERVING dpServiceBackendFlags = 1
+	dpServiceBackendFlagsSERVICE_BACKEND_CLUSTER dpServiceBackendFlags = 2
+	dpServiceBackendFlagsSERVICE_BACKEND_LOCAL   dpServiceBackendFlags = 4
+)
+
 type dpServiceFlags uint32
 
 const (
@@ -487,6 +539,8 @@ const (
 	dpServiceFlagsSERVICE_DROP_INTERNAL  dpServiceFlags = 2
 	dpServiceFlagsSERVICE_EXTERNAL_LOCAL dpServiceFlags = 4
 	dpServiceFlagsSERVICE_DSR            dpServiceFlags = 8
+	dpServiceFlagsSERVICE_INTERNAL_LOCAL dpServiceFlags = 16
+	dpServiceFlagsSERVICE_SOURCE_RANGES  dpServiceFlags = 32
 )
 
 type dpServiceScope uint32
@@ -495,6 +549,13 @@ const (
 	dpServiceScopeSCOPE_EXTERNAL dpServiceScope = 0
 	dpServiceScopeSCOPE_INTERNAL dpServiceScope = 1
 )
+
+type dpSourceRangeKey struct {
+	_         structs.HostLayout
+	Prefixlen uint32
+	ServiceId uint32
+	Addr      dpAddr
+}
 
 type dpSweep struct {
 	_        structs.HostLayout
@@ -508,6 +569,7 @@ type dpSweep struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	dpMapAffinity        = "affinity"
 	dpMapBackends        = "backends"
 	dpMapCounters        = "counters"
 	dpMapEgressAddrs     = "egress_addrs"
@@ -521,6 +583,7 @@ const (
 	dpMapHeldCursor      = "held_cursor"
 	dpMapHeldFragments   = "held_fragments"
 	dpMapIpcache         = "ipcache"
+	dpMapMaglev          = "maglev"
 	dpMapNodeAddrs       = "node_addrs"
 	dpMapNodeState       = "node_state"
 	dpMapNodes           = "nodes"
@@ -529,9 +592,11 @@ const (
 	dpMapReservedPorts   = "reserved_ports"
 	dpMapRoutes          = "routes"
 	dpMapScratch         = "scratch"
+	dpMapServiceAddrs    = "service_addrs"
 	dpMapServiceBackends = "service_backends"
 	dpMapServiceEpochs   = "service_epochs"
 	dpMapServices        = "services"
+	dpMapSourceRanges    = "source_ranges"
 )
 
 // loadDp returns the embedded CollectionSpec for dp.
@@ -582,6 +647,7 @@ type dpProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type dpMapSpecs struct {
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
 	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
@@ -595,6 +661,7 @@ type dpMapSpecs struct {
 	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
+	Maglev          *ebpf.MapSpec `ebpf:"maglev"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
@@ -603,9 +670,11 @@ type dpMapSpecs struct {
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
 	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.MapSpec `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // dpVariableSpecs contains global variables before they are loaded into the kernel.
@@ -634,6 +703,7 @@ func (o *dpObjects) Close() error {
 //
 // It can be passed to loadDpObjects or ebpf.CollectionSpec.LoadAndAssign.
 type dpMaps struct {
+	Affinity        *ebpf.Map `ebpf:"affinity"`
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
 	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
@@ -647,6 +717,7 @@ type dpMaps struct {
 	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
+	Maglev          *ebpf.Map `ebpf:"maglev"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
@@ -655,13 +726,16 @@ type dpMaps struct {
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
 	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.Map `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
 	Services        *ebpf.Map `ebpf:"services"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *dpMaps) Close() error {
 	return _DpClose(
+		m.Affinity,
 		m.Backends,
 		m.Counters,
 		m.EgressAddrs,
@@ -675,6 +749,7 @@ func (m *dpMaps) Close() error {
 		m.HeldCursor,
 		m.HeldFragments,
 		m.Ipcache,
+		m.Maglev,
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
@@ -683,9 +758,11 @@ func (m *dpMaps) Close() error {
 		m.ReservedPorts,
 		m.Routes,
 		m.Scratch,
+		m.ServiceAddrs,
 		m.ServiceBackends,
 		m.ServiceEpochs,
 		m.Services,
+		m.SourceRanges,
 	)
 }
 

@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sweepMapAffinity        = "affinity"
 	sweepMapBackends        = "backends"
 	sweepMapCounters        = "counters"
 	sweepMapEgressAddrs     = "egress_addrs"
@@ -29,6 +30,7 @@ const (
 	sweepMapHeldCursor      = "held_cursor"
 	sweepMapHeldFragments   = "held_fragments"
 	sweepMapIpcache         = "ipcache"
+	sweepMapMaglev          = "maglev"
 	sweepMapNodeAddrs       = "node_addrs"
 	sweepMapNodeState       = "node_state"
 	sweepMapNodes           = "nodes"
@@ -37,9 +39,11 @@ const (
 	sweepMapReservedPorts   = "reserved_ports"
 	sweepMapRoutes          = "routes"
 	sweepMapScratch         = "scratch"
+	sweepMapServiceAddrs    = "service_addrs"
 	sweepMapServiceBackends = "service_backends"
 	sweepMapServiceEpochs   = "service_epochs"
 	sweepMapServices        = "services"
+	sweepMapSourceRanges    = "source_ranges"
 	sweepProgSweepFlows     = "sweep_flows"
 )
 
@@ -92,6 +96,7 @@ type sweepProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sweepMapSpecs struct {
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
 	Backends        *ebpf.MapSpec `ebpf:"backends"`
 	Counters        *ebpf.MapSpec `ebpf:"counters"`
 	EgressAddrs     *ebpf.MapSpec `ebpf:"egress_addrs"`
@@ -105,6 +110,7 @@ type sweepMapSpecs struct {
 	HeldCursor      *ebpf.MapSpec `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.MapSpec `ebpf:"held_fragments"`
 	Ipcache         *ebpf.MapSpec `ebpf:"ipcache"`
+	Maglev          *ebpf.MapSpec `ebpf:"maglev"`
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
@@ -113,9 +119,11 @@ type sweepMapSpecs struct {
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
 	Routes          *ebpf.MapSpec `ebpf:"routes"`
 	Scratch         *ebpf.MapSpec `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.MapSpec `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.MapSpec `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.MapSpec `ebpf:"service_epochs"`
 	Services        *ebpf.MapSpec `ebpf:"services"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // sweepVariableSpecs contains global variables before they are loaded into the kernel.
@@ -144,6 +152,7 @@ func (o *sweepObjects) Close() error {
 //
 // It can be passed to loadSweepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sweepMaps struct {
+	Affinity        *ebpf.Map `ebpf:"affinity"`
 	Backends        *ebpf.Map `ebpf:"backends"`
 	Counters        *ebpf.Map `ebpf:"counters"`
 	EgressAddrs     *ebpf.Map `ebpf:"egress_addrs"`
@@ -157,6 +166,7 @@ type sweepMaps struct {
 	HeldCursor      *ebpf.Map `ebpf:"held_cursor"`
 	HeldFragments   *ebpf.Map `ebpf:"held_fragments"`
 	Ipcache         *ebpf.Map `ebpf:"ipcache"`
+	Maglev          *ebpf.Map `ebpf:"maglev"`
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
@@ -165,13 +175,16 @@ type sweepMaps struct {
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
 	Routes          *ebpf.Map `ebpf:"routes"`
 	Scratch         *ebpf.Map `ebpf:"scratch"`
+	ServiceAddrs    *ebpf.Map `ebpf:"service_addrs"`
 	ServiceBackends *ebpf.Map `ebpf:"service_backends"`
 	ServiceEpochs   *ebpf.Map `ebpf:"service_epochs"`
 	Services        *ebpf.Map `ebpf:"services"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *sweepMaps) Close() error {
 	return _SweepClose(
+		m.Affinity,
 		m.Backends,
 		m.Counters,
 		m.EgressAddrs,
@@ -185,6 +198,7 @@ func (m *sweepMaps) Close() error {
 		m.HeldCursor,
 		m.HeldFragments,
 		m.Ipcache,
+		m.Maglev,
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
@@ -193,9 +207,11 @@ func (m *sweepMaps) Close() error {
 		m.ReservedPorts,
 		m.Routes,
 		m.Scratch,
+		m.ServiceAddrs,
 		m.ServiceBackends,
 		m.ServiceEpochs,
 		m.Services,
+		m.SourceRanges,
 	)
 }
 

@@ -24,6 +24,12 @@ type (
 	BackendKey     = dpBackendKey
 	Backend        = dpBackend
 	ServiceBackend = dpServiceBackend
+	AffinityKey    = dpAffinityKey
+	Affinity       = dpAffinity
+	MaglevKey      = dpMaglevKey
+	MaglevChunk    = dpMaglevChunk
+	SourceRangeKey = dpSourceRangeKey
+	ServiceAddrKey = dpServiceAddrKey
 	PolicyKey      = dpPolicyKey
 	PolicyEntry    = dpPolicyEntry
 	Counter        = dpCounter
@@ -98,6 +104,15 @@ const (
 	ServiceDropInternal  = uint32(dpServiceFlagsSERVICE_DROP_INTERNAL)
 	ServiceExternalLocal = uint32(dpServiceFlagsSERVICE_EXTERNAL_LOCAL)
 	ServiceDSR           = uint32(dpServiceFlagsSERVICE_DSR)
+	ServiceInternalLocal = uint32(dpServiceFlagsSERVICE_INTERNAL_LOCAL)
+	ServiceSourceRanges  = uint32(dpServiceFlagsSERVICE_SOURCE_RANGES)
+
+	ServiceBackendServing = uint32(dpServiceBackendFlagsSERVICE_BACKEND_SERVING)
+	ServiceBackendCluster = uint32(dpServiceBackendFlagsSERVICE_BACKEND_CLUSTER)
+	ServiceBackendLocal   = uint32(dpServiceBackendFlagsSERVICE_BACKEND_LOCAL)
+
+	ServiceAddrRange  = uint32(dpServiceAddrSERVICE_ADDR_RANGE)
+	ServiceAddrActive = uint32(dpServiceAddrSERVICE_ADDR_ACTIVE)
 
 	PolicyPrefixBase  = uint32(dpPolicyPrefixPOLICY_PREFIX_BASE)
 	PolicyPrefixProto = uint32(dpPolicyPrefixPOLICY_PREFIX_PROTO)
@@ -209,6 +224,62 @@ func BackendHash(ap netip.AddrPort) uint32 {
 		h = (h ^ binary.NativeEndian.Uint32(b[i:])) * 0x9e3779b1
 	}
 	return max(h>>16, 1)
+}
+
+// MaglevSlots is how many positions of a Maglev table one MaglevChunk holds.
+const MaglevSlots = len(MaglevChunk{}.Slot)
+
+// MaglevHash is the number by which a flow finds its position in a Maglev table, which is hash * size >> 32; lib/maglev.h computes the same.
+// byClient leaves out all but the client's address, as for services with session affinity.
+func MaglevHash(k FlowKey, byClient bool) uint32 {
+	h := uint32(0)
+	mix := func(word uint32) {
+		h = (h ^ word) * 0x9e3779b1
+		h ^= h >> 15
+	}
+	for i := 0; i < len(k.Src.B); i += 4 {
+		mix(binary.NativeEndian.Uint32(k.Src.B[i:]))
+	}
+	if !byClient {
+		mix(uint32(k.Sport) | uint32(k.Dport)<<16)
+		mix(uint32(k.Proto))
+	}
+	h *= 0x85ebca6b
+	h ^= h >> 13
+	h *= 0xc2b2ae35
+	return h ^ h>>16
+}
+
+// NewAffinityKey returns the key of a client's affinity to a service port.
+func NewAffinityKey(client netip.Addr, service uint32) AffinityKey {
+	return AffinityKey{Client: NewAddr(client), ServiceId: service}
+}
+
+// AddrPort returns the backend that the client has.
+func (a dpAffinity) AddrPort() netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr.Netip(), Port16(a.Port))
+}
+
+// NewSourceRangeKey returns the LPM key of a prefix that may use the load balancer addresses of a service port.
+func NewSourceRangeKey(service uint32, p netip.Prefix) SourceRangeKey {
+	b, bits := addr.MapPrefix(p)
+	return SourceRangeKey{Prefixlen: 32 + uint32(bits), ServiceId: service, Addr: Addr{B: b}}
+}
+
+// Prefix returns the prefix that the key stands for.
+func (k dpSourceRangeKey) Prefix() (netip.Prefix, error) {
+	return addr.UnmapPrefix(k.Addr.B, int(k.Prefixlen)-32)
+}
+
+// NewServiceAddrKey returns the LPM key of p.
+func NewServiceAddrKey(p netip.Prefix) ServiceAddrKey {
+	b, bits := addr.MapPrefix(p)
+	return ServiceAddrKey{Prefixlen: uint32(bits), Addr: Addr{B: b}}
+}
+
+// Prefix returns the prefix that the key stands for.
+func (k dpServiceAddrKey) Prefix() (netip.Prefix, error) {
+	return addr.UnmapPrefix(k.Addr.B, int(k.Prefixlen))
 }
 
 // NewRouteKey returns the LPM key of p.

@@ -47,7 +47,7 @@ type Config struct {
 	Run string
 	// Sizes overrides max_entries by map name. It counts when the map is created.
 	Sizes map[string]uint32
-	// ForPods opens only what attaching and registering pods needs, which is what ADD and DEL do: 5 pins instead of 18.
+	// ForPods opens only what attaching and registering pods needs, which is what ADD and DEL do: 5 pins instead of 22.
 	ForPods bool
 }
 

@@ -30,6 +30,10 @@ type Maps struct {
 	Backends        *ebpf.Map
 	ServiceBackends *ebpf.Map
 	ServiceEpochs   *ebpf.Map
+	Affinity        *ebpf.Map
+	Maglev          *ebpf.Map
+	SourceRanges    *ebpf.Map
+	ServiceAddrs    *ebpf.Map
 	Policy          *ebpf.Map
 	Nodes           *ebpf.Map
 	Routes          *ebpf.Map
@@ -49,6 +53,7 @@ func (m *Maps) fields() map[string]**ebpf.Map {
 		"flows": &m.Flows, "endpoints": &m.Endpoints, "endpoint_epochs": &m.EndpointEpochs, "pending": &m.Pending,
 		"ipcache": &m.IPCache, "node_addrs": &m.NodeAddrs, "services": &m.Services, "backends": &m.Backends,
 		"service_backends": &m.ServiceBackends, "service_epochs": &m.ServiceEpochs, "policy": &m.Policy,
+		"affinity": &m.Affinity, "maglev": &m.Maglev, "source_ranges": &m.SourceRanges, "service_addrs": &m.ServiceAddrs,
 		"nodes": &m.Nodes, "routes": &m.Routes, "egress_addrs": &m.EgressAddrs, "reserved_ports": &m.ReservedPorts,
 		"node_state": &m.NodeState, "counters": &m.Counters, "events": &m.Events,
 	}

@@ -18,6 +18,8 @@ import (
 type Compiler struct {
 	// DefaultReturn is the way back for services that name none; the zero value is the tunnel. Set it before Compile.
 	DefaultReturn state.ServiceReturn
+	// DefaultBalancing is how backends are chosen for services that say nothing; the zero value is at random. Set it before Compile.
+	DefaultBalancing state.LoadBalancing
 
 	node       string
 	ids, lists allocator
@@ -43,13 +45,17 @@ func (c *Compiler) Compile(s *state.Snapshot) *Result {
 		result: &Result{
 			Frontends:     make(map[Frontend]Service, len(s.Services)),
 			Lists:         make(map[uint32][]netip.AddrPort, len(s.Services)),
-			Serving:       map[Member]struct{}{},
+			Tables:        map[uint32]Table{},
+			Serving:       map[Member]Membership{},
 			LocalBackends: map[uint32][]netip.AddrPort{},
+			SourceRanges:  map[SourceRange]struct{}{},
+			ClusterAddrs:  make(map[netip.Addr]struct{}, len(s.Services)),
 		},
 	}
 	r.here = addrsOf(s, c.node)
 	if n := s.Nodes[c.node]; n != nil {
 		r.zone = n.Labels[corev1.LabelTopologyZone]
+		r.nodeAddrs = n.Addresses
 	}
 	for _, key := range slices.SortedFunc(maps.Keys(s.Services), compareKeys) {
 		r.compileService(s.Services[key])
@@ -65,7 +71,11 @@ type run struct {
 	compiler *Compiler
 	zone     string
 	// here are this node's own addresses and its pods'.
-	here   location
+	here location
+	// nodeAddrs are this node's own addresses, primary first.
+	nodeAddrs []netip.Addr
+	// maglev says that the service at hand asks for consistent hashing.
+	maglev bool
 	slices sliceIndex
 	used   map[portKey]bool
 	// freed are list numbers to be released at the end: none is used twice in one compilation.
@@ -79,6 +89,11 @@ func (r *run) problem(service state.Key, format string, args ...any) {
 }
 
 func (r *run) compileService(svc *state.Service) {
+	r.maglev = choice(r, svc, state.AnnotationLoadBalancing, svc.Balancing, r.compiler.DefaultBalancing,
+		state.BalanceRandom, state.BalanceMaglev) == state.BalanceMaglev
+	for _, a := range svc.ClusterIPs {
+		r.result.ClusterAddrs[a.Unmap()] = struct{}{}
+	}
 	base := Service{Name: svc.Key, AffinitySeconds: svc.AffinitySeconds, DSR: r.wayBack(svc) == state.ReturnDSR}
 	for _, port := range svc.Ports {
 		for _, ipv6 := range []bool{false, true} {
@@ -93,12 +108,19 @@ func (r *run) compileService(svc *state.Service) {
 
 // wayBack is the way that the answers of a service's backends on other nodes take.
 func (r *run) wayBack(svc *state.Service) state.ServiceReturn {
-	if svc.Return != "" && !svc.Return.Known() {
-		r.problem(svc.Key, "annotation %s is %q, want %q or %q: the agent's default holds",
-			state.AnnotationServiceReturn, string(svc.Return), string(state.ReturnTunnel), string(state.ReturnDSR))
-		return r.compiler.DefaultReturn
+	return choice(r, svc, state.AnnotationServiceReturn, svc.Return, r.compiler.DefaultReturn, state.ReturnTunnel, state.ReturnDSR)
+}
+
+// choice is what an annotation says, or the agent's default where it says nothing, or something that is neither a nor b.
+func choice[T interface {
+	~string
+	Known() bool
+}](r *run, svc *state.Service, annotation string, value, byDefault, a, b T) T {
+	if value != "" && !value.Known() {
+		r.problem(svc.Key, "annotation %s is %q, want %q or %q: the agent's default holds", annotation, string(value), string(a), string(b))
+		return byDefault
 	}
-	return cmp.Or(svc.Return, r.compiler.DefaultReturn)
+	return cmp.Or(value, byDefault)
 }
 
 // compilePort compiles one port in one family; base is what all of the service's frontends have in common.
@@ -114,9 +136,7 @@ func (r *run) compilePort(svc *state.Service, base Service, sp state.ServicePort
 		return
 	}
 	chosen := selectEndpoints(mergeEndpoints(r.slices[svc.Key], sp, ipv6, r.compiler.node), r.compiler.node, r.zone, r.here)
-	for _, b := range chosen.serving {
-		r.result.Serving[Member{Service: p.id, Backend: b}] = struct{}{}
-	}
+	chosen.members(p.id, r.result.Serving)
 	if len(chosen.here) > 0 {
 		r.result.LocalBackends[p.id] = chosen.here
 	}
@@ -124,12 +144,14 @@ func (r *run) compilePort(svc *state.Service, base Service, sp state.ServicePort
 	for _, message := range problems {
 		r.problem(svc.Key, "%s", message)
 	}
+	restricted := r.addSourceRanges(p.id, svc, ipv6)
 	// Outside addresses need the cluster list whatever their policy is: traffic that starts on this node uses it (row V4).
 	r.update(&p.cluster, chosen.cluster, !svc.InternalLocal || len(outside) > 0)
 	r.update(&p.local, chosen.local, svc.InternalLocal || (svc.ExternalLocal && len(outside) > 0))
 	byPolicy := map[bool]*list{false: &p.cluster, true: &p.local}
 
 	base.ID, base.PortName = p.id, sp.Name
+	base.InternalLocal = svc.InternalLocal
 	inside := base.with(byPolicy[svc.InternalLocal], byPolicy[svc.InternalLocal], chosen.any)
 	for _, a := range ofFamily(svc.ClusterIPs, ipv6) {
 		if a.IsUnspecified() {
@@ -138,8 +160,9 @@ func (r *run) compilePort(svc *state.Service, base Service, sp state.ServicePort
 		}
 		r.claim(netip.AddrPortFrom(a, sp.Port), sp.Protocol, clusterIP, inside)
 	}
-	base.ExternalLocal = svc.ExternalLocal
+	base.InternalLocal, base.ExternalLocal = false, svc.ExternalLocal
 	for _, o := range outside {
+		base.SourceRanges = restricted && o.kind == loadBalancerIP
 		r.claim(o.addr, sp.Protocol, o.kind, base.with(byPolicy[svc.ExternalLocal], &p.cluster, chosen.any))
 	}
 }
@@ -169,8 +192,23 @@ func (r *run) update(l *list, backends []netip.AddrPort, wanted bool) {
 		// Lists cannot be used up: there are fewer service ports than a list number has values by far.
 		l.number, _ = r.compiler.lists.take()
 	}
-	l.slots = assignSlots(l.slots, backends)
+	before := l.slots
+	l.slots = assignSlots(before, backends)
 	r.result.Lists[l.number] = l.slots
+	switch {
+	case !r.maglev:
+		l.table = Table{}
+	case l.table.Size == 0 || !same(before, l.slots):
+		l.table = newTable(l.slots)
+	}
+	if l.table.Size != 0 {
+		r.result.Tables[l.number] = l.table
+	}
+}
+
+// same reports whether two lists are the identical slice.
+func same(a, b []netip.AddrPort) bool {
+	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0])
 }
 
 // free marks a list as unused.
@@ -203,6 +241,7 @@ func (s Service) with(external, internal *list, anyEndpoint bool) Service {
 	for scope, l := range [2]*list{External: external, Internal: internal} {
 		s.Lists[scope] = l.number
 		s.Counts[scope] = uint32(len(l.slots))
+		s.Tables[scope] = l.table.Size
 		s.DropEmpty[scope] = anyEndpoint && len(l.slots) == 0
 	}
 	return s

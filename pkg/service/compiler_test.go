@@ -142,9 +142,10 @@ func TestU1_ServingIgnoresPolicyAndTopology(t *testing.T) {
 			f.draining(3, "node-b"), f.gone(4, thisNode), published, f.unready(6, thisNode)))
 		r := NewCompiler(thisNode).Compile(s)
 		id := r.Frontends[f.clusterFrontend()].ID
-		want := map[Member]struct{}{}
-		for _, b := range f.backends(8080, 1, 2, 3, 5) {
-			want[Member{Service: id, Backend: b}] = struct{}{}
+		// Not every ready endpoint has hints, so they count for nothing.
+		want := map[Member]Membership{}
+		for n, in := range map[int]Membership{1: {Cluster: true}, 2: {Cluster: true, Local: true}, 3: {}, 5: {Cluster: true}} {
+			want[Member{Service: id, Backend: f.backends(8080, n)[0]}] = in
 		}
 		if !maps.Equal(r.Serving, want) {
 			t.Errorf("Serving = %v, want %v", r.Serving, want)
@@ -182,33 +183,64 @@ func TestV2_OutsideAddressesFollowTheExternalPolicy(t *testing.T) {
 	})
 }
 
-func TestV10_SourceRangesFailClosed(t *testing.T) {
+func TestV10_SourceRangesLimitTheLoadBalancerAddresses(t *testing.T) {
 	bothFamilies(t, func(t *testing.T, f family) {
-		restrict := netip.PrefixFrom(f.outside(0), f.outside(0).BitLen()-8).Masked()
-		everything := netip.PrefixFrom(family(!f).unspecified(), 0)
-		otherFamily := netip.PrefixFrom(family(!f).outside(0), 24).Masked()
+		o := family(!f)
+		host := func(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+		restrict := netip.PrefixFrom(f.pod(0), f.pod(0).BitLen()-8).Masked()
+		withNode := netip.PrefixFrom(f.outside(0), f.outside(0).BitLen()-8).Masked()
+		otherFamily := netip.PrefixFrom(o.outside(0), 24).Masked()
 		for _, tc := range []struct {
 			name   string
 			ranges []netip.Prefix
-			served bool
+			want   []netip.Prefix // nil: everybody may
 		}{
-			{"none", nil, true},
-			{"this family", []netip.Prefix{restrict}, false},
-			{"the other family only", []netip.Prefix{otherFamily}, true},
-			{"everything", []netip.Prefix{restrict, everything}, true},
+			{"none", nil, nil},
+			{"this family", []netip.Prefix{restrict}, []netip.Prefix{restrict}},
+			{"the other family only", []netip.Prefix{otherFamily}, nil},
+			{"both families", []netip.Prefix{otherFamily, restrict}, []netip.Prefix{restrict}},
+			{"everything", []netip.Prefix{restrict, netip.PrefixFrom(f.unspecified(), 0)}, nil},
+			{"everything of the other family", []netip.Prefix{restrict, netip.PrefixFrom(o.unspecified(), 0)}, []netip.Prefix{restrict}},
+			{"the node's own address", []netip.Prefix{withNode, restrict}, []netip.Prefix{restrict, withNode, host(f.outside(2)), host(f.outside(3))}},
+			{"the node's second address", []netip.Prefix{host(f.outside(9))}, []netip.Prefix{host(f.outside(9))}},
 		} {
 			t.Run(tc.name, func(t *testing.T) {
-				svc := f.service(withNodePort, func(s *state.Service) {
-					s.LoadBalancerIPs, s.LoadBalancerSourceRanges = []netip.Addr{f.outside(2)}, tc.ranges
-				})
-				r := NewCompiler(thisNode).Compile(world(svc))
-				_, served := r.Frontends[Frontend{Addr: f.outside(2), Port: 80, Protocol: state.TCP}]
-				if served != tc.served || (len(r.Problems) == 0) != tc.served {
-					t.Errorf("load balancer address served = %v with problems %v, want %v", served, r.Problems, tc.served)
+				s := world(f.service(withNodePort, withSecondPort, func(s *state.Service) {
+					s.ExternalIPs, s.LoadBalancerIPs = []netip.Addr{f.outside(1)}, []netip.Addr{f.outside(2), f.outside(3)}
+					s.LoadBalancerSourceRanges = tc.ranges
+				}))
+				s.Nodes[thisNode].Addresses = []netip.Addr{o.outside(7), f.outside(7), f.outside(9)}
+				r := NewCompiler(thisNode).Compile(s)
+				want := map[SourceRange]struct{}{}
+				for frontend, svc := range r.Frontends {
+					limited := len(tc.want) > 0 && (frontend.Addr == f.outside(2) || frontend.Addr == f.outside(3))
+					if svc.SourceRanges != limited {
+						t.Errorf("%v: limited = %v, want %v", frontend, svc.SourceRanges, limited)
+					}
+					for _, p := range tc.want {
+						want[SourceRange{Service: svc.ID, Prefix: p}] = struct{}{}
+					}
 				}
-				look(t, r, f.clusterFrontend(), Internal)
-				look(t, r, f.nodeFrontend(), External)
+				if len(r.Frontends) != 9 {
+					t.Errorf("frontends = %v, want 9", frontendNames(r))
+				}
+				if !maps.Equal(r.SourceRanges, want) || len(r.Problems) > 0 {
+					t.Errorf("ranges = %v with problems %v, want %v", r.SourceRanges, r.Problems, want)
+				}
 			})
+		}
+	})
+}
+
+func TestV9_ClusterAddressesOfAllServices(t *testing.T) {
+	bothFamilies(t, func(t *testing.T, f family) {
+		second := f.service(func(s *state.Service) { s.Name, s.ClusterIPs = "second", []netip.Addr{f.vip(2), family(!f).vip(2)} })
+		r := NewCompiler(thisNode).Compile(world(f.service(withNodePort, func(s *state.Service) {
+			s.ExternalIPs = []netip.Addr{f.outside(1)}
+		}), second))
+		want := map[netip.Addr]struct{}{f.vip(1): {}, f.vip(2): {}, family(!f).vip(2): {}}
+		if !maps.Equal(r.ClusterAddrs, want) {
+			t.Errorf("ClusterAddrs = %v, want %v", r.ClusterAddrs, want)
 		}
 	})
 }

@@ -115,6 +115,21 @@ type selection struct {
 	any bool
 }
 
+// members adds the service port's endpoints that serve, with the lists that they are in.
+func (s *selection) members(id uint32, to map[Member]Membership) {
+	for _, b := range s.serving {
+		to[Member{Service: id, Backend: b}] = Membership{}
+	}
+	for _, b := range s.cluster {
+		m := Member{Service: id, Backend: b}
+		to[m] = Membership{Cluster: true, Local: to[m].Local}
+	}
+	for _, b := range s.local {
+		m := Member{Service: id, Backend: b}
+		to[m] = Membership{Cluster: to[m].Cluster, Local: true}
+	}
+}
+
 // selectEndpoints chooses the endpoints for both traffic policies (rows S2 to S5).
 func selectEndpoints(endpoints []endpoint, node, zone string, here location) selection {
 	var out selection

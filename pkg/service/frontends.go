@@ -46,12 +46,7 @@ func outsideAddrs(svc *state.Service, sp state.ServicePort, ipv6 bool) (out []ou
 			out = append(out, outside{addr: netip.AddrPortFrom(a, sp.Port), kind: k})
 		}
 	}
-	if ranges := sourceRanges(svc, ipv6); len(ranges) > 0 && len(ofFamily(svc.LoadBalancerIPs, ipv6)) > 0 {
-		// Open to everybody would be worse than closed (row V10).
-		problems = append(problems, "loadBalancerSourceRanges are not supported yet: the load balancer addresses are not served")
-	} else {
-		add(svc.LoadBalancerIPs, loadBalancerIP)
-	}
+	add(svc.LoadBalancerIPs, loadBalancerIP)
 	add(svc.ExternalIPs, externalIP)
 	if sp.NodePort != 0 {
 		a := netip.IPv4Unspecified()
@@ -63,18 +58,42 @@ func outsideAddrs(svc *state.Service, sp state.ServicePort, ipv6 bool) (out []ou
 	return out, problems
 }
 
-// sourceRanges returns the ranges that restrict a family: none if one of the ranges is everything (row V10).
+// sourceRanges returns the ranges that restrict a family: none if one of the family's is everything (row V10).
 func sourceRanges(svc *state.Service, ipv6 bool) []netip.Prefix {
 	var out []netip.Prefix
 	for _, r := range svc.LoadBalancerSourceRanges {
+		if r.Addr().Is6() != ipv6 {
+			continue
+		}
 		if r.Bits() == 0 {
 			return nil
 		}
-		if r.Addr().Is6() == ipv6 {
-			out = append(out, r)
-		}
+		out = append(out, r.Masked())
 	}
 	return out
+}
+
+// addSourceRanges adds what may use the service's load balancer addresses in a family, and reports whether there is any limit. Where the node
+// itself may, so may a packet whose source is one of these addresses: a node that has one on a device of its own, as some load balancers
+// want it, asks from it (row V10).
+func (r *run) addSourceRanges(id uint32, svc *state.Service, ipv6 bool) bool {
+	balancers := ofFamily(svc.LoadBalancerIPs, ipv6)
+	ranges := sourceRanges(svc, ipv6)
+	if len(balancers) == 0 || len(ranges) == 0 {
+		return false
+	}
+	allow := func(p netip.Prefix) { r.result.SourceRanges[SourceRange{Service: id, Prefix: p}] = struct{}{} }
+	node := ofFamily(r.nodeAddrs, ipv6)
+	for _, p := range ranges {
+		allow(p)
+		if len(node) == 0 || !p.Contains(node[0]) {
+			continue
+		}
+		for _, a := range balancers {
+			allow(netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return true
 }
 
 // placeFrontends gives every frontend to one claim: the better kind, then the service first by name.

@@ -70,6 +70,8 @@ func (k portKey) compare(o portKey) int {
 type list struct {
 	number uint32
 	slots  []netip.AddrPort
+	// table is computed from slots where the service asks for one; not remembered across a restart, because it follows from them.
+	table Table
 }
 
 // port is what the compiler remembers of a service port. A list whose number is 0 is not in use.

@@ -51,6 +51,12 @@ type Service struct {
 	// ExternalLocal says that the frontend is an outside one under external traffic policy Local: no other node's backends for
 	// clients outside.
 	ExternalLocal bool
+	// InternalLocal says that the frontend is a cluster address under internal traffic policy Local.
+	InternalLocal bool
+	// SourceRanges says that only sources in Result.SourceRanges may use the frontend.
+	SourceRanges bool
+	// Tables are the sizes of the lists' Maglev tables (Table.Size); 0 means that backends are chosen at random.
+	Tables [2]uint8
 	// DSR says that the backend's node answers clients outside itself, not through the node at which they asked.
 	DSR bool
 	// AffinitySeconds is the ClientIP affinity timeout; 0 means none.
@@ -66,6 +72,17 @@ type Member struct {
 	Backend netip.AddrPort
 }
 
+// Membership says which lists a serving endpoint is in: those that new connections are given backends from.
+type Membership struct {
+	Cluster, Local bool
+}
+
+// SourceRange is a prefix of sources that may use the load balancer addresses of a service port (row V10).
+type SourceRange struct {
+	Service uint32
+	Prefix  netip.Prefix
+}
+
 // Problem is something that was asked for and is not served.
 type Problem struct {
 	Service state.Key
@@ -77,14 +94,20 @@ type Result struct {
 	Frontends map[Frontend]Service
 	// Lists hold the backends in slot order. A list in use may be empty. An unchanged list is the identical slice.
 	Lists map[uint32][]netip.AddrPort
+	// Tables are, by list, the Maglev tables of those whose service asks for one and that need one. An unchanged one is the identical slice.
+	Tables map[uint32]Table
 	// Serving holds every endpoint that serves, whatever the traffic policy and the topology say, so that flows outlive changes of
 	// those (row U1). Members of lists are always in it: also endpoints that are published although they are not ready.
-	Serving map[Member]struct{}
+	Serving map[Member]Membership
 	// LocalBackends are, by service id, the backends on this node that any node may choose, whatever the traffic policy and the
 	// topology are there: what other nodes forward here is for one of them. Ready ones come first, each group sorted; never empty.
 	LocalBackends map[uint32][]netip.AddrPort
 	// HealthChecks are what load balancers may ask, sorted by service, IPv4 first (row H1).
 	HealthChecks []state.HealthCheck
+	// SourceRanges hold what may use the frontends with SourceRanges.
+	SourceRanges map[SourceRange]struct{}
+	// ClusterAddrs are the cluster addresses of all services. A port of theirs that is no frontend is nobody else's (row V9).
+	ClusterAddrs map[netip.Addr]struct{}
 	// Problems are sorted by service.
 	Problems []Problem
 }

@@ -26,6 +26,9 @@ const AnnotationServiceReturn = "margay.io/service-return"
 // taintToBeDeleted is what the cluster autoscaler puts on a node that it is about to delete (row H2).
 const taintToBeDeleted = "ToBeDeletedByClusterAutoscaler"
 
+// AnnotationLoadBalancing on a service overrides the agent's default way of choosing backends (docs/services.md).
+const AnnotationLoadBalancing = "margay.io/load-balancing"
+
 // DefaultAffinitySeconds is the ClientIP affinity timeout of a service that names none.
 const DefaultAffinitySeconds = uint32(corev1.DefaultClientIPServiceAffinitySeconds)
 
@@ -105,6 +108,7 @@ func FromService(s *corev1.Service) *Service {
 		InternalLocal:   s.Spec.InternalTrafficPolicy != nil && *s.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 		PublishNotReady: s.Spec.PublishNotReadyAddresses,
 		Return:          ServiceReturn(s.Annotations[AnnotationServiceReturn]),
+		Balancing:       LoadBalancing(s.Annotations[AnnotationLoadBalancing]),
 	}
 	if len(out.ClusterIPs) == 0 {
 		return nil

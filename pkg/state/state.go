@@ -136,6 +136,20 @@ func (r ServiceReturn) Known() bool {
 	return r == ReturnTunnel || r == ReturnDSR
 }
 
+// LoadBalancing is how a backend is chosen for a new flow.
+type LoadBalancing string
+
+// The ways of choosing: at random, or by a hash of the flow that is the same on every node.
+const (
+	BalanceRandom LoadBalancing = "random"
+	BalanceMaglev LoadBalancing = "maglev"
+)
+
+// Known reports whether b is one of the ways above.
+func (b LoadBalancing) Known() bool {
+	return b == BalanceRandom || b == BalanceMaglev
+}
+
 // Service is a service that takes part in load balancing: not headless, not ExternalName, not another proxy's (contract rows I1, I2).
 type Service struct {
 	Key
@@ -154,6 +168,8 @@ type Service struct {
 	ExternalLocal bool
 	// Return is the annotation margay.io/service-return; empty: the agent's default. What is not Known is kept for the compiler to report.
 	Return ServiceReturn
+	// Balancing is the annotation margay.io/load-balancing, as Return is its own.
+	Balancing LoadBalancing
 	// AffinitySeconds is the ClientIP affinity timeout; 0 means none.
 	AffinitySeconds uint32
 	// PublishNotReady is spec.publishNotReadyAddresses.

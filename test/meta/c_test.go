@@ -57,7 +57,7 @@ func TestHeaderOrder(t *testing.T) {
 }
 
 // base is what lies below every header of lib: the kernel's types and the contract with user space.
-var base = []string{"config.h", "datagram.h", "maps.h", "types.h", "headers/helpers.h", "headers/kernel.h"}
+var base = []string{"config.h", "datagram.h", "maps.h", "service.h", "types.h", "headers/helpers.h", "headers/kernel.h"}
 
 // orderFaults holds the headers of bpf/lib, with what each includes, against their listed order.
 func orderFaults(order []string, graph map[string][]string) []string {

@@ -154,17 +154,6 @@ func TestMasqueradePortTakenByPod(t *testing.T) {
 	})
 }
 
-// SCTP's port cannot change: it is kept, or the packet dropped.
-func TestMasqueradeSCTP(t *testing.T) {
-	t.Parallel()
-	f := masquerading(t)
-	families(t, f, func(t *testing.T, v6 bool) {
-		a, b := fromPod(f.A, pkt.SCTP, outside(v6)), fromPod(f.B, pkt.SCTP, outside(v6))
-		redirected(t, f, "first", progtest.FromPod(f.A), a, leaves(a, sport))
-		dropped(t, f, "second", progtest.FromPod(f.B), b, "nat_collision")
-	})
-}
-
 func TestMasqueradeWithoutEgressAddress(t *testing.T) {
 	t.Parallel()
 	f := progtest.New(t)

@@ -72,7 +72,7 @@ func families(t *testing.T, f *progtest.Fixture, test func(t *testing.T, v6 bool
 }
 
 // kinds are what opens a flow and can be translated, TCP with its SYN.
-var kinds = []pkt.Kind{pkt.TCP, pkt.UDP, pkt.Ping}
+var kinds = []pkt.Kind{pkt.TCP, pkt.UDP, pkt.SCTP, pkt.Ping}
 
 // fromPod is the packet that opens a flow from a pod.
 func fromPod(p *nodetest.Pod, kind pkt.Kind, dst netip.AddrPort) pkt.Packet {

@@ -133,16 +133,6 @@ func TestHostPortMovesBack(t *testing.T) {
 	})
 }
 
-func TestHostSCTPCannotMove(t *testing.T) {
-	t.Parallel()
-	f := masquerading(t)
-	families(t, f, func(t *testing.T, v6 bool) {
-		pod := fromPod(f.A, pkt.SCTP, outside(v6))
-		redirected(t, f, "pod opens", progtest.FromPod(f.A), pod, leaves(pod, sport))
-		dropped(t, f, "host opens", f.ToNetdev(), fromHost(pkt.SCTP, outside(v6)), "nat_collision")
-	})
-}
-
 // What was forwarded, and our own encapsulated packets, pass at the first test, whatever their tuple.
 func TestToNetdevLetsForwardedPass(t *testing.T) {
 	t.Parallel()

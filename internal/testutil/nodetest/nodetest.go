@@ -291,12 +291,15 @@ func (n *Node) AllowPort(policy, direction, identity uint32, proto uint8, port u
 	return k
 }
 
+// inAllLists is the value of service_backends for a backend that every traffic policy may choose.
+const inAllLists = bpf.ServiceBackendServing | bpf.ServiceBackendCluster | bpf.ServiceBackendLocal
+
 // AddService writes a service's backends and then its frontend, with one list for both scopes.
 func (n *Node) AddService(id uint32, frontend bpf.FrontendKey, backends ...netip.AddrPort) {
 	n.t.Helper()
 	for slot, b := range backends {
 		n.Put(n.DP.Maps.Backends, bpf.BackendKey{List: id, Slot: uint32(slot)}, bpf.NewBackend(b))
-		n.Put(n.DP.Maps.ServiceBackends, bpf.NewServiceBackend(id, b), uint32(1))
+		n.Put(n.DP.Maps.ServiceBackends, bpf.NewServiceBackend(id, b), inAllLists)
 	}
 	count := uint32(len(backends))
 	n.Put(n.DP.Maps.Services, frontend, bpf.Service{Id: id, List: [2]uint32{id, id}, Count: [2]uint32{count, count}})

@@ -3,19 +3,21 @@
 package pkt
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"strings"
 
 	"github.com/gopacket/gopacket"
 	"github.com/gopacket/gopacket/layers"
 )
 
-// VerifyChecksums recomputes every internet checksum of a frame (RFC 1071), from its bytes alone: those of the packet that an ICMP error
-// quotes, too, as far as the quote has all that they cover. SCTP's is another kind and is not looked at, nor is that of a fragmented
-// datagram, which covers what the frame does not have.
+// VerifyChecksums recomputes every checksum of a frame, from its bytes alone: the internet checksums (RFC 1071), those of the packet that an
+// ICMP error quotes, too, as far as the quote has all that they cover, and the CRC32c of SCTP. That of a fragmented datagram is not
+// looked at: it covers what the frame does not have.
 func VerifyChecksums(frame []byte) error {
 	if len(frame) < L3 {
 		return errors.New("no Ethernet header")
@@ -105,6 +107,8 @@ func verifyL4(proto uint8, addrs, l4 []byte) error {
 		}
 	case layers.IPProtocolICMPv4:
 		pseudo = 0
+	case layers.IPProtocolSCTP:
+		return verifySCTP(l4)
 	case layers.IPProtocolTCP, layers.IPProtocolICMPv6:
 	default:
 		return nil
@@ -117,6 +121,19 @@ func verifyL4(proto uint8, addrs, l4 []byte) error {
 		if err := verifyQuote(proto == uint8(layers.IPProtocolICMPv6), l4[8:]); err != nil {
 			return fmt.Errorf("quoted packet: %w", err)
 		}
+	}
+	return nil
+}
+
+// verifySCTP checks the CRC32c of a whole packet, computed with zeros in its place (RFC 9260 §6.8).
+func verifySCTP(l4 []byte) error {
+	if len(l4) < 12 {
+		return errors.New("SCTP: no whole header")
+	}
+	zeroed := bytes.Clone(l4)
+	clear(zeroed[8:12])
+	if want, got := crc32.Checksum(zeroed, crc32.MakeTable(crc32.Castagnoli)), binary.LittleEndian.Uint32(l4[8:]); got != want {
+		return fmt.Errorf("SCTP: checksum is %#08x, want %#08x", got, want)
 	}
 	return nil
 }

@@ -33,6 +33,8 @@ type Fixture struct {
 	*nodetest.Node
 	A, B  *nodetest.Pod
 	Flows *ebpf.Map
+	// Affinity is what the fixture's programs remember of clients.
+	Affinity *ebpf.Map
 	// Flags are added to every run, for example ChecksumComplete.
 	Flags uint32
 	// Held and Cursor are the maps held_fragments and held_cursor, Fragments is that of the datagrams.
@@ -78,12 +80,14 @@ func on(t testing.TB, n *nodetest.Node, flows uint32) *Fixture {
 		"node_addrs": f.DP.Maps.NodeAddrs, "services": f.DP.Maps.Services, "backends": f.DP.Maps.Backends,
 		"service_backends": f.DP.Maps.ServiceBackends, "service_epochs": f.DP.Maps.ServiceEpochs, "policy": f.DP.Maps.Policy,
 		"node_state": f.DP.Maps.NodeState, "nodes": f.DP.Maps.Nodes, "routes": f.DP.Maps.Routes,
+		"maglev": f.DP.Maps.Maglev, "source_ranges": f.DP.Maps.SourceRanges, "service_addrs": f.DP.Maps.ServiceAddrs,
+		"affinity":     newMap(t, "affinity", 0),
 		"egress_addrs": f.DP.Maps.EgressAddrs, "reserved_ports": f.DP.Maps.ReservedPorts,
 		"flows": newMap(t, "flows", flows), "counters": newMap(t, "counters", 0), "events": newMap(t, "events", 0),
 		"fragments": newMap(t, "fragments", 0), "held_fragments": newMap(t, "held_fragments", 0),
 		"held_cursor": newMap(t, "held_cursor", 0), "fragment_scratch": newMap(t, "fragment_scratch", 0),
 	}
-	f.Flows, f.counters = shared["flows"], shared["counters"]
+	f.Flows, f.counters, f.Affinity = shared["flows"], shared["counters"], shared["affinity"]
 	f.Held, f.Cursor, f.Fragments = shared["held_fragments"], shared["held_cursor"], shared["fragments"]
 	specs, err := bpf.ProgramSpecs()
 	if err != nil {
