@@ -182,6 +182,9 @@ func TestManifestsReachTheMapsAndStayThroughARestart(t *testing.T) {
 		t.Errorf("maps once the file is readable again (-want +got):\n%s", diff)
 	}
 
+	// What the last round had to raise is settled: an agent that is killed before raises it once more.
+	rounds = p.status().Rounds
+	eventually(t, "two more rounds", func() bool { return p.status().Rounds > rounds+2 })
 	p.kill()
 	p = start(t, n, manifests)
 	rounds = p.status().Rounds
