@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
@@ -22,6 +23,7 @@ import (
 	"github.com/margay-cni/margay/pkg/cni"
 	"github.com/margay-cni/margay/pkg/ipam"
 	"github.com/margay-cni/margay/pkg/manifest"
+	"github.com/margay-cni/margay/pkg/node"
 	"github.com/margay-cni/margay/pkg/state"
 )
 
@@ -31,6 +33,7 @@ var loaders = []struct {
 	load    func(t *testing.T, content []byte)
 }{
 	{conf.ConflistName, loadConflist},
+	{"nodes.yaml", loadNodes},
 	{"demo/*.yaml", loadManifest},
 	{"demo/later/*.yaml", loadManifest},
 }
@@ -80,8 +83,35 @@ func loadConflist(t *testing.T, content []byte) {
 	}
 }
 
-// loadManifest reads the file as the agent does, which must have nothing to say about it.
+// loadManifest reads a file with services, policies or both.
 func loadManifest(t *testing.T, content []byte) {
+	if got := snapshot(t, content); len(got.Services)+len(got.NetworkPolicies) == 0 {
+		t.Errorf("snapshot = %v, want a service or a policy in it", got)
+	}
+}
+
+// loadNodes reads a file with nodes, which must be able to live side by side.
+func loadNodes(t *testing.T, content []byte) {
+	s := snapshot(t, content)
+	if len(s.Nodes) < 2 {
+		t.Errorf("nodes = %v, want two", s.Nodes)
+	}
+	for self, object := range s.Nodes {
+		device := node.Device{Index: 2, Name: "eth0", MTU: 1500, DefaultRoute: true, Usable: object.Addresses}
+		for _, a := range object.Addresses {
+			device.Addresses = append(device.Addresses, netip.PrefixFrom(a, a.BitLen()))
+		}
+		machine := node.Machine{Devices: []node.Device{device}, Addresses: object.Addresses}
+		got := node.NewCompiler(self, node.VXLAN, nil, nil).Compile(node.Input{Snapshot: s, Machine: machine})
+		if len(got.Problems) != 0 || len(got.Tunnels) != len(s.Nodes)-1 {
+			t.Errorf("on %s: tunnels %v with problems %v, want one to every other node without", self, got.Tunnels, got.Problems)
+		}
+	}
+}
+
+// snapshot reads the file as the agent does, which must have nothing to say about it.
+func snapshot(t *testing.T, content []byte) *state.Snapshot {
+	t.Helper()
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "file.yaml"), content, 0o600); err != nil {
 		t.Fatal(err)
@@ -89,16 +119,14 @@ func loadManifest(t *testing.T, content []byte) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	source := manifest.New(dir, "demo", slog.New(slog.DiscardHandler))
-	var got *state.Snapshot
+	got := state.NewSnapshot()
 	if err := source.Run(ctx, func(s *state.Snapshot) { got = s; cancel() }); err != nil {
 		t.Fatal(err)
 	}
 	if problems := source.Problems(); len(problems) != 0 {
 		t.Errorf("problems = %v, want none", problems)
 	}
-	if got == nil || len(got.Services)+len(got.NetworkPolicies) == 0 {
-		t.Errorf("snapshot = %v, want a service or a policy in it", got)
-	}
+	return got
 }
 
 // plugin returns what the runtime gives our plugin of the shipped conflist, with the node's directories below dir.

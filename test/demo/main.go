@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// demo shows Margay at work on one machine: real pods made by libcni with the shipped conflist, the agent on the manifests of conf/demo,
-// real packets, and a client outside. It runs in namespaces of its own, so it neither sees nor touches a Margay that the machine runs
-// already, and it leaves nothing behind. Run it from the repository after make build: make demo.
+// demo shows Margay at work: two nodes that are network namespaces of one machine, real pods made by libcni with the shipped conflist, an
+// agent on each node that follows the manifests of conf/demo, real packets, and a client outside, behind a router. Everything is in
+// namespaces of its own, so the demo neither sees nor touches a Margay that the machine runs already, and it leaves nothing behind. Run it
+// from the repository after make build: make demo.
 package main
 
 import (
@@ -39,10 +40,13 @@ func run(ctx context.Context, args []string) int {
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	d := &demo{start: time.Now()}
-	if err := d.run(ctx); err != nil {
-		d.check(false, "%v", err)
+	c, err := newCluster()
+	if err != nil {
+		fmt.Println("demo cannot run here:", oneLine(errors.Join(err, c.remove())))
+		return 1
 	}
+	d := &demo{cluster: c, start: time.Now(), servers: map[string]*server{}, running: map[string]*pod{}}
+	d.run(ctx)
 	fmt.Printf("\ndemo: %d checks passed, %d failed\n", d.passed, d.failed)
 	if d.failed > 0 || d.passed == 0 {
 		return 1
@@ -50,7 +54,7 @@ func run(ctx context.Context, args []string) int {
 	return 0
 }
 
-// again runs the demo in a mount namespace of its own, where /run and /sys/fs/bpf can be private.
+// again runs the demo in a mount namespace of its own, where /run can be private.
 func again(ctx context.Context) int {
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "inside")
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -85,10 +89,18 @@ func preflight() error {
 	if known, err := os.ReadFile("/proc/filesystems"); err != nil || !strings.Contains(string(known), "\tbpf\n") {
 		return fmt.Errorf("kernel %s has no bpffs (CONFIG_BPF_SYSCALL)", release)
 	}
-	for _, path := range []string{"bin/margay", "bin/margay-ipam", "bin/margay-agent", "bin/margayctl", conflist, manifests} {
+	if _, err := os.Stat("/proc/net/if_inet6"); err != nil {
+		return errors.New("IPv6 is switched off on this machine, and the demo shows both families (ipv6.disable=1 on the kernel's command line?)")
+	}
+	for _, path := range []string{"bin/margay", "bin/margay-ipam", "bin/margay-agent", "bin/margayctl", "bin/margay-install", conflist, shipped} {
 		if _, err := os.Stat(path); err != nil {
 			return fmt.Errorf("%s is not here: run make demo in the repository", path)
 		}
 	}
 	return nil
+}
+
+// oneLine puts a joined error on one line.
+func oneLine(err error) string {
+	return strings.ReplaceAll(err.Error(), "\n", "; ")
 }
