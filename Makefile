@@ -100,12 +100,13 @@ fuzz: ## Run every fuzz target for FUZZTIME=20s
 	hack/fuzz $(FUZZTIME)
 
 ci: export REQUIRE_PRIVILEGED = 1
-ci: ## What .ci/run runs: deps, lint, generate-check, build, test as root, every benchmark once
+ci: ## What .ci/run runs: deps, lint, generate-check, build, test as root, demo, every benchmark once
 	$(MAKE) deps
 	$(MAKE) lint
 	$(MAKE) generate-check
 	$(MAKE) build
 	$(MAKE) test CI=true
+	$(MAKE) demo
 	$(MAKE) bench-smoke
 
 deps: ## Install the Debian packages of hack/deps.txt that are missing

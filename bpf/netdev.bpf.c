@@ -14,12 +14,17 @@ static __always_inline int is_overlay(const struct pkt *p)
 	return p->key.proto == IPPROTO_UDP && s && p->key.dport == s->overlay_port && s->overlay_ifindex;
 }
 
-/* into_netdev has sent it: translated already, for the host's stack. The overlay's MACs meant nothing. */
-static __always_inline int is_translated(struct __sk_buff *skb)
+/*
+ * into_netdev has sent it: translated already, for the host's stack. The overlay's MACs meant nothing. Anybody on the link can send such a
+ * frame, so it must be one that may go to the host unread: for an address of its own.
+ */
+static __always_inline int is_translated(struct __sk_buff *skb, struct pkt *p)
 {
 	struct ethhdr *eth = pkt_at(skb, 0, sizeof(*eth));
 
-	if (!eth || !mac_equal(eth->h_source, eth->h_dest))
+	if (likely(!eth || !mac_equal(eth->h_source, eth->h_dest)))
+		return 0;
+	if (parse_addrs(skb, p) || !(node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL))
 		return 0;
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return 1;
@@ -56,7 +61,7 @@ int from_netdev(struct __sk_buff *skb)
 {
 	struct pkt p = {.hook = HOOK_FROM_NETDEV, .direction = INGRESS};
 
-	if (unlikely(is_translated(skb)))
+	if (unlikely(is_translated(skb, &p)))
 		return TC_ACT_OK;
 	return finish(skb, &p, handle_from_netdev(skb, &p));
 }

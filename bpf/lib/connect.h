@@ -148,18 +148,23 @@ static __always_inline int check_overlay_source(const struct pkt *p, const struc
 	return r && (r->node || (r->flags & ROUTE_LOCAL)) ? -DROP_OVERLAY_SOURCE : 0;
 }
 
+/* Pods that are reached through the overlay do not send without it. */
+static __always_inline int check_bare_source(const struct pkt *p)
+{
+	struct route *r = route_of(&p->key.src);
+
+	return r && (r->flags & ROUTE_OVERLAY) ? -DROP_NOT_ENCAPSULATED : 0;
+}
+
 /* From outside: nobody there has an address of this node, of its pods, or of pods that are reached through the overlay only. */
 static __always_inline int check_outside_source(const struct pkt *p, const struct new_flow *nf, const struct endpoint *sender)
 {
-	struct route *r;
-
 	if (sender->ifindex || (node_addr_flags_of(&p->key.src) & NODE_ADDR_LOCAL))
 		return -DROP_SOURCE_IS_LOCAL;
 	/* What is the host's is not ours to judge. */
 	if (!nf->src.ifindex && !nf->dst.ifindex && !(nf->flags & FLOW_SERVICE))
 		return 0;
-	r = route_of(&p->key.src);
-	return r && (r->flags & ROUTE_OVERLAY) ? -DROP_NOT_ENCAPSULATED : 0;
+	return check_bare_source(p);
 }
 
 /* Does the packet come from where its source address lives? */
@@ -178,7 +183,10 @@ static __always_inline int check_source(struct __sk_buff *skb, const struct pkt 
 	}
 	if (p->hook == HOOK_FROM_OVERLAY)
 		return check_overlay_source(p, nf, sender);
-	return p->hook == HOOK_FROM_NETDEV ? check_outside_source(p, nf, sender) : 0;
+	if (p->hook == HOOK_FROM_NETDEV)
+		return check_outside_source(p, nf, sender);
+	/* Forwarded by the stack from a device that has no program of ours. */
+	return p->hook == HOOK_TO_POD && skb->ingress_ifindex && !sender->ifindex ? check_bare_source(p) : 0;
 }
 
 /*

@@ -18,6 +18,17 @@ static __always_inline int knows_pods(const struct addr *a)
 }
 
 /*
+ * Under this node's address a pod's packet to the port of the overlay would be believed by whichever node has the destination, an address
+ * that we know nothing of.
+ */
+static __always_inline int is_own_tunnel(const struct flow_key *k)
+{
+	struct node_state *s = node_settings();
+
+	return k->proto == IPPROTO_UDP && s && s->overlay_ifindex && k->dport == s->overlay_port;
+}
+
+/*
  * For a new flow from a pod that leaves by the device, after policy: gives it that device's address. The port is still the pod's own.
  * What the stack forwards is not seen here: an adopted pod's traffic to the outside is the other plugin's, masquerade included.
  */
@@ -30,6 +41,8 @@ __noinline int masquerade(struct new_flow *nf, __u32 ifindex)
 		return -DROP_INVALID_CONFIG;
 	if (!nf->src.ifindex || !(node_flags() & NODE_MASQUERADE) || knows_pods(&nf->post.dst))
 		return 0;
+	if (is_own_tunnel(&nf->post))
+		return -DROP_OVERLAY_SOURCE;
 	e = bpf_map_lookup_elem(&egress_addrs, &key);
 	if (!e) {
 		key = 0;

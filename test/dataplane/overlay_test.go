@@ -100,13 +100,20 @@ func TestNotEncapsulated(t *testing.T) {
 	a, b := n0.AddPod("a"), n1.AddPod("b")
 	pod, outside := newWire(t, a.NS), newWire(t, c.Client)
 	families(t, func(t *testing.T, v6 bool) {
-		send := func(src netip.Addr, payload string) {
-			outside.send(pkt.Packet{Kind: pkt.UDP, TTL: 64, SrcMAC: outside.HardwareAddr, DstMAC: nodeMAC(t, n0),
+		sendAs := func(mac net.HardwareAddr, src netip.Addr, payload string) {
+			outside.send(pkt.Packet{Kind: pkt.UDP, TTL: 64, SrcMAC: mac, DstMAC: nodeMAC(t, n0),
 				Src: netip.AddrPortFrom(src, 4000), Dst: netip.AddrPortFrom(a.Addr(v6), 8080), Payload: []byte(payload)}.Bytes())
 		}
+		send := func(src netip.Addr, payload string) { sendAs(outside.HardwareAddr, src, payload) }
 		before := dropsOf(n0, "not_encapsulated")
 		send(b.Addr(v6), "as another node's pod")
 		if pod.sees("as another node's pod") || dropsOf(n0, "not_encapsulated") != before+1 {
+			t.Errorf("it arrived, or drops = %v lack one of not_encapsulated", n0.AllDrops())
+		}
+		// One MAC at both ends is how the node itself marks what it has translated.
+		before = dropsOf(n0, "not_encapsulated")
+		sendAs(nodeMAC(t, n0), b.Addr(v6), "as the node's own")
+		if pod.sees("as the node's own") || dropsOf(n0, "not_encapsulated") != before+1 {
 			t.Errorf("it arrived, or drops = %v lack one of not_encapsulated", n0.AllDrops())
 		}
 		send(family(nodetest.ClientAddrs, v6), "as itself")

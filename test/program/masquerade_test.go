@@ -171,6 +171,22 @@ func TestMasqueradeWithoutEgressAddress(t *testing.T) {
 	})
 }
 
+// A pod must not speak to the overlay's port in its node's name: some node may have the destination, and would believe it.
+func TestMasqueradeIsNoTunnel(t *testing.T) {
+	t.Parallel()
+	f := masquerading(t)
+	families(t, f, func(t *testing.T, v6 bool) {
+		tunnel := fromPod(f.A, pkt.UDP, at(outside(v6).Addr(), nodetest.OverlayPort))
+		state := bpf.NodeState{Flags: bpf.NodeMasquerade, OverlayIfindex: uint32(f.ClientDevice), OverlayPort: bpf.Port16(nodetest.OverlayPort)}
+		must(t, f.DP.Maps.NodeState.Put(uint32(0), state))
+		dropped(t, f, "to the overlay's port", progtest.FromPod(f.A), tunnel, "overlay_source")
+		redirected(t, f, "to another port", progtest.FromPod(f.A), fromPod(f.A, pkt.UDP, outside(v6)), leaves(fromPod(f.A, pkt.UDP, outside(v6)), sport))
+		state.OverlayIfindex = 0
+		must(t, f.DP.Maps.NodeState.Put(uint32(0), state))
+		redirected(t, f, "without an overlay", progtest.FromPod(f.A), tunnel, leaves(tunnel, sport))
+	})
+}
+
 // A device that is none of the node's ways out, such as another runtime's bridge, has no addresses of its own: those of index 0 serve it.
 func TestMasqueradeByAnyDevice(t *testing.T) {
 	t.Parallel()
