@@ -88,14 +88,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 			return err
 		})
 	f.Func("service-cidrs", "comma-separated prefixes that cluster addresses are taken from: what no service has there is dropped", func(s string) error {
-		for _, word := range strings.Split(s, ",") {
-			p, err := netip.ParsePrefix(strings.TrimSpace(word))
-			if err != nil {
-				return err
-			}
-			o.cidrs = append(o.cidrs, p.Masked())
-		}
-		return nil
+		return prefixes(s, &o.cidrs)
 	})
 	f.Func("map-size", "NAME=ENTRIES: size of a map when it is made; may be repeated", func(s string) error {
 		name, entries, ok := strings.Cut(s, "=")

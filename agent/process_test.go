@@ -57,9 +57,9 @@ func (l *lockedBuffer) String() string {
 }
 
 // start runs an agent on the node until the test ends, and waits until the first snapshot is in the maps.
-func start(t *testing.T, n *nodetest.Node, manifests string) *process {
+func start(t *testing.T, n *nodetest.Node, manifests string, flags ...string) *process {
 	t.Helper()
-	p := command(t, n, manifests)
+	p := command(t, n, manifests, flags...)
 	n.NS.Do(func() {
 		if err := p.cmd.Start(); err != nil {
 			t.Fatal(err)
@@ -78,11 +78,11 @@ func start(t *testing.T, n *nodetest.Node, manifests string) *process {
 	return p
 }
 
-func command(t *testing.T, n *nodetest.Node, manifests string) *process {
+func command(t *testing.T, n *nodetest.Node, manifests string, flags ...string) *process {
 	t.Helper()
 	p := &process{t: t, run: n.Config.Run, log: &lockedBuffer{}}
-	p.cmd = exec.Command("/proc/self/exe", "--manifests", manifests, "--node", "n1", "--bpffs", n.Config.BPFFS, "--run", n.Config.Run,
-		"--resync", "200ms", "--log-level", "debug")
+	p.cmd = exec.Command("/proc/self/exe", append([]string{"--manifests", manifests, "--node", "n1", "--bpffs", n.Config.BPFFS, "--run", n.Config.Run,
+		"--resync", "200ms", "--log-level", "debug"}, flags...)...)
 	p.cmd.Env = append(os.Environ(), asAgent+"=1")
 	p.cmd.Stderr = p.log
 	return p

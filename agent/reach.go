@@ -29,15 +29,7 @@ func reachFlags(f *flag.FlagSet, o *options) {
 	number(f, "vxlan-vni", "first of the overlay's three network numbers (default 28000)", 24, func(n uint64) { r.VXLANVNI = uint32(n) })
 	f.BoolVar(&r.Masquerade, "masquerade", r.Masquerade, "let pods' traffic to outside the cluster leave with this node's address")
 	f.Func("non-masquerade-cidrs", "comma-separated ranges outside the cluster to which pods keep their own address", func(s string) error {
-		r.NonMasquerade = nil
-		for part := range strings.SplitSeq(s, ",") {
-			p, err := netip.ParsePrefix(strings.TrimSpace(part))
-			if err != nil || p.Addr().Is4In6() {
-				return errors.New("want CIDR[,CIDR]")
-			}
-			r.NonMasquerade = append(r.NonMasquerade, p.Masked())
-		}
-		return nil
+		return prefixes(s, &r.NonMasquerade)
 	})
 	f.Func("egress-address", "[DEVICE=]ADDR: address that masqueraded traffic leaves with, by that device or any; may be repeated", func(s string) error {
 		e, err := node.ParseEgressOverride(s)
@@ -54,6 +46,19 @@ func reachFlags(f *flag.FlagSet, o *options) {
 			}
 			return nil
 		})
+}
+
+// prefixes reads a comma-separated list of ranges.
+func prefixes(s string, into *[]netip.Prefix) error {
+	*into = nil
+	for part := range strings.SplitSeq(s, ",") {
+		p, err := netip.ParsePrefix(strings.TrimSpace(part))
+		if err != nil || p.Addr().Is4In6() {
+			return errors.New("want CIDR[,CIDR]")
+		}
+		*into = append(*into, p.Masked())
+	}
+	return nil
 }
 
 // number adds a flag for a positive number of so many bits.

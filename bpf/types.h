@@ -33,6 +33,8 @@ enum hook {
 	HOOK_TO_NETDEV = 4,
 	HOOK_FROM_OVERLAY = 5,
 	HOOK_TO_OVERLAY = 6,
+	HOOK_FROM_HOST = 7,
+	HOOK_TO_LOOPBACK = 8,
 };
 
 /* Identities below IDENTITY_FIRST have a fixed meaning; the agent allocates the others, node-locally. */
@@ -110,6 +112,7 @@ enum flow_action {
 	FLOW_TO_NETDEV = 3, /* bpf_redirect_neigh(out_ifindex), next hop by the kernel's route */
 	FLOW_TO_NODE = 4,   /* encapsulated to out_node, by the overlay device out_ifindex */
 	FLOW_INTO_NETDEV = 5, /* the host's own stack, as if it had come in by out_ifindex */
+	FLOW_TO_HOST = 6,   /* MACs, then the host's own stack, as the answer to what it sent by out_ifindex */
 };
 
 enum flow_flags {
@@ -126,6 +129,7 @@ enum flow_flags {
 	FLOW_MASQUERADE = 1024, /* the opener's source becomes an address of this node, with a port that was chosen for it */
 	FLOW_FORWARDED = 2048,	/* with FLOW_TO_NODE: service traffic under the client's own address, VNI_FORWARDED */
 	FLOW_DSR = 4096,	/* a forwarded flow whose answers the pod's node sends to the client itself */
+	FLOW_VIA_HOST = 8192,	/* opened by a packet that the host's stack sent to a service (from_host) */
 };
 
 /* TCP flags seen in one direction of a flow. */
@@ -149,7 +153,7 @@ struct flow {
 	__u32 in_ifindex;	/* with FLOW_IN_POD: device its packets come from; else 0 */
 	__u32 out_ifindex;	/* device its packets leave by; also the pod's device where the host's stack takes them there */
 	__u8 in_mac[6];		/* with FLOW_IN_POD: source MAC its packets must have */
-	__u8 dst_mac[6];	/* FLOW_TO_POD: written into the packet */
+	__u8 dst_mac[6];	/* FLOW_TO_POD, FLOW_TO_HOST: written into the packet */
 	__u8 src_mac[6];
 	__u8 action;		/* enum flow_action */
 	__u8 tcp;		/* enum flow_tcp */
@@ -297,11 +301,14 @@ struct node_state {
 	__u32 vni;	       /* first of enum overlay_vni */
 	__be16 overlay_port;   /* UDP */
 	__u16 reserved;
+	__u32 host_ifindex;    /* device by which the host's stack sends to services; 0: there is none */
 };
 
 enum node_flags {
 	NODE_VERDICT_EVENTS = 1, /* write an event for every new flow that policy let pass */
 	NODE_MASQUERADE = 2,	 /* pods' traffic to outside the cluster leaves with this node's address */
+	NODE_LOCALHOST_IPV4 = 4, /* the node itself finds NodePorts on 127.0.0.0/8 */
+	NODE_LOCALHOST_IPV6 = 8, /* and on ::1 */
 };
 
 /* VXLAN network numbers: node_state.vni plus one of these. */
@@ -390,4 +397,4 @@ _Static_assert(sizeof(struct policy_key) == 16, "policy_key");
 _Static_assert(sizeof(struct event) == 64, "event");
 _Static_assert(sizeof(struct node) == 40, "node");
 _Static_assert(sizeof(struct route) == 4, "route");
-_Static_assert(sizeof(struct node_state) == 16, "node_state");
+_Static_assert(sizeof(struct node_state) == 20, "node_state");

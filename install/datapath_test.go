@@ -4,7 +4,9 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -17,6 +19,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/pkg/cni"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/link"
 )
 
 // TestUninstallAfterDatapath lets the real datapath load, pin, attach and change settings, and the plugin add a pod, and requires that no trace of it stays. The
@@ -48,6 +51,7 @@ func TestUninstallAfterDatapath(t *testing.T) {
 					m.must(d.AttachNetdev(m.device(nic).Attrs().Index))
 				}
 				m.must(d.AttachPod(m.device("veth1234").Attrs().Index))
+				m.must(serveHost(d))
 			})
 			m.addPod(cfg)
 			if cmp.Equal(before["tc qdisc"], m.state()["tc qdisc"]) {
@@ -62,6 +66,21 @@ func TestUninstallAfterDatapath(t *testing.T) {
 			}
 		})
 	}
+}
+
+// serveHost makes what the agent makes for the node's own sockets, in the calling thread's namespace.
+func serveHost(d *datapath.Datapath) error {
+	c, err := link.Dial(-1)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	host, service, err := c.EnsureHostPair()
+	if err != nil {
+		return err
+	}
+	_, err = c.SyncServiceRoutes(host.Index, []link.ServiceRoute{{Dst: netip.MustParsePrefix("10.96.0.0/12")}, {Dst: netip.MustParsePrefix("fd00:96::/112")}}, false)
+	return errors.Join(err, d.AttachHost(service.Index))
 }
 
 // addPod connects a pod to the machine by the plugin's ADD with the shipped conflist.

@@ -171,7 +171,8 @@ func routeItems() ([]item, error) {
 
 // isOurs tells devices that we made, with which everything on them goes: pods' host-side ends, and the overlay device under whatever name.
 func isOurs(name, kind, alias string) bool {
-	return strings.HasPrefix(name, link.HostPrefix) || (kind == "vxlan" && alias == link.OverlayAlias)
+	pair := kind == "veth" && (name == link.HostDevice || name == link.ServiceDevice)
+	return pair || strings.HasPrefix(name, link.HostPrefix) || (kind == "vxlan" && alias == link.OverlayAlias)
 }
 
 // nftablesItems finds the table with which the agent keeps conntrack away from the overlay.

@@ -124,7 +124,8 @@ func describe(r *endpoint.Record) string {
 	return fmt.Sprintf("%s, %s on %s: %s", pod, r.IfName, r.HostIfName, strings.Join(addresses, " "))
 }
 
-// deviceItems finds the devices that we made: those with our prefix, and the overlay device. Their filters, addresses and routes go with them.
+// deviceItems finds the devices that we made: those with our prefix, the overlay device, and the pair by which the host reaches services. Their
+// filters, addresses and routes go with them; the second end of a pair is gone with the first.
 func deviceItems(conn *link.Conn) ([]item, error) {
 	devices, err := conn.Devices()
 	if err != nil {

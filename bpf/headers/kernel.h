@@ -72,6 +72,7 @@ enum {
 #define TC_ACT_REDIRECT 7
 
 #define PACKET_HOST 0
+#define LOOPBACK_IFINDEX 1 /* in every network namespace */
 
 struct __sk_buff {
 	__u32 len;

@@ -11,7 +11,7 @@
 
 #include "drop.h"
 #include "masquerade.h"
-#include "route.h"
+#include "host.h"
 
 /*
  * May this entry's translation go on? Not when a SYN opens a new connection on the remains of an old one, and not when the backend
@@ -44,19 +44,28 @@ static __always_inline void recall_direction(struct new_flow *nf, const struct f
 	nf->mtu[direction] = f->mtu;
 }
 
-/* A flow without entry, or whose translation has ended: the services choose. */
-static __always_inline int first_tuples(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf)
+/* A flow without entry, or whose translation has ended: the services choose. Not inlined: connect is short of stack. */
+__noinline int first_tuples(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf)
 {
 	__u32 hash = 0;
+	int ret;
 
+	if (!p || !nf)
+		return -DROP_INVALID_CONFIG;
 	/* What the host sends to a service is no business of the way out. */
 	if (p->hook == HOOK_TO_NETDEV)
 		return 0;
 	if (p->hook == HOOK_FROM_OVERLAY && p->vni != VNI_PODS) {
-		nf->flags = FLOW_FORWARDED | (p->vni == VNI_DSR ? FLOW_DSR : 0);
+		nf->flags |= FLOW_FORWARDED | (p->vni == VNI_DSR ? FLOW_DSR : 0);
 		hash = overlay_backend_hash(skb);
 	}
-	return service_translate(nf, p->hook, hash);
+	if (p->hook == HOOK_FROM_HOST) {
+		ret = note_host(skb, nf);
+		if (ret)
+			return ret;
+	}
+	ret = service_translate(nf, p->hook, hash);
+	return ret || p->hook != HOOK_FROM_HOST ? ret : host_tuples(nf);
 }
 
 /* The two tuples: from the entry where there is one, else from the packet and the services. */
@@ -83,10 +92,13 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	}
 	nf->fwd = p->key;
 	nf->post = p->key;
+	/* The host's own packets to a service have entries of their own kind. */
+	if (p->hook == HOOK_FROM_HOST && f && !(f->flags & FLOW_VIA_HOST))
+		f = NULL;
 	if (!f || !flow_keeps_translation(p, f, epoch))
 		return first_tuples(skb, p, nf);
 	nf->known = 1;
-	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_FROM_HOST | FLOW_FORWARDED | FLOW_DSR | FLOW_MASQUERADE);
+	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_VIA_HOST | FLOW_FROM_HOST | FLOW_FORWARDED | FLOW_DSR | FLOW_MASQUERADE);
 	nf->backend = f->backend;
 	nf->backend_port = f->backend_port;
 	if (nf->flags & FLOW_SERVICE) {
@@ -96,12 +108,14 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	if (f->flags & FLOW_REPLY) {
 		nf->reply = 1;
 		recall_direction(nf, f, REPLY);
+		if (f->flags & FLOW_VIA_HOST)
+			host_end(&nf->src, f->dst_mac);
 		key_reverse(&nf->fwd, &f->xlate);
 		key_reverse(&nf->post, &p->key);
-	} else {
-		nf->post = f->xlate;
+		return 0;
 	}
-	return 0;
+	nf->post = f->xlate;
+	return p->hook == HOOK_FROM_HOST ? note_host(skb, nf) : 0;
 }
 
 /* The pod that owns the address, or ifindex 0. Returns its epoch, which is older than what it is about. */
@@ -185,6 +199,9 @@ static __always_inline int check_source(struct __sk_buff *skb, const struct pkt 
 		return check_overlay_source(p, nf, sender);
 	if (p->hook == HOOK_FROM_NETDEV)
 		return check_outside_source(p, nf, sender);
+	/* A pod's own packets to services never get as far as the host's stack. */
+	if (p->hook == HOOK_FROM_HOST)
+		return sender->ifindex ? -DROP_SPOOFED_ADDRESS : check_bare_source(p);
 	/* Forwarded by the stack from a device that has no program of ours. */
 	return p->hook == HOOK_TO_POD && skb->ingress_ifindex && !sender->ifindex ? check_bare_source(p) : 0;
 }

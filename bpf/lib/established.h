@@ -30,7 +30,9 @@ static __always_inline int flow_sender_matches(struct __sk_buff *skb, const stru
 	if (p->hook == HOOK_FROM_OVERLAY)
 		return flow_node_matches(p, f);
 	if (p->hook == HOOK_TO_NETDEV)
-		return f->flags & FLOW_IN_NODE;
+		return (f->flags & (FLOW_IN_NODE | FLOW_VIA_HOST)) == FLOW_IN_NODE;
+	if (p->hook == HOOK_FROM_HOST)
+		return (f->flags & FLOW_VIA_HOST) && !(f->flags & (FLOW_IN_POD | FLOW_IN_OVERLAY));
 	if (p->hook != HOOK_FROM_POD)
 		return !(f->flags & (FLOW_IN_POD | FLOW_IN_NODE | FLOW_IN_OVERLAY));
 	eth = pkt_at(skb, 0, sizeof(*eth));

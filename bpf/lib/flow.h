@@ -47,8 +47,8 @@ static __always_inline __u32 node_flags(void)
 }
 
 /*
- * Slot of endpoint_epochs for where the entry's packets go. That of the outside is raised when a pod gets an address, because flows may
- * have been under way to that address before.
+ * Slot of endpoint_epochs for where the entry's packets go. That of the outside, the node itself included, is raised when a pod gets an
+ * address, because flows may have been under way to that address before.
  */
 static __always_inline __u32 flow_out_slot(const struct flow *f)
 {

@@ -53,6 +53,14 @@ static __always_inline int to_pod_device(struct __sk_buff *skb, const struct flo
 	return bpf_redirect_peer(f->out_ifindex, 0);
 }
 
+/* Into the host's stack, by the device that its route to the packet's source leads to: strict rp_filter holds. */
+static __always_inline int to_host_device(struct __sk_buff *skb, const struct flow *f)
+{
+	int ret = mac_rewrite(skb, f);
+
+	return ret ? ret : bpf_redirect(f->out_ifindex, BPF_F_INGRESS);
+}
+
 /*
  * For a backend that is this node itself, from the overlay: the stack's reverse path filter wants the client's packet from where it would
  * send the answer. Nobody else's frame has one address at both ends; by that from_netdev knows it.
@@ -70,13 +78,15 @@ static __always_inline int into_netdev(struct __sk_buff *skb, const struct flow 
 /*
  * The last step of every packet that is allowed: translation, then the way on. A packet without hops left goes to the stack as
  * it is, which answers with "time exceeded" and drops it; at to_pod and to_netdev the stack has taken the hop already, or it sends
- * itself. One that does not fit the way returns -DROP_TOO_BIG, untouched: the hook answers.
+ * itself, and nothing is a hop between the host and its services. One that does not fit the way returns -DROP_TOO_BIG, untouched: the hook
+ * answers.
  */
 static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
 {
-	int ret, by_stack = p->hook == HOOK_TO_POD || p->hook == HOOK_TO_NETDEV;
+	int by_stack = p->hook == HOOK_TO_POD || p->hook == HOOK_TO_NETDEV || p->hook == HOOK_FROM_HOST;
+	int ret, to_stack = f->action == FLOW_TO_STACK || f->action == FLOW_TO_HOST;
 
-	if (f->action != FLOW_TO_STACK && !by_stack && p->ttl <= 1)
+	if (!to_stack && !by_stack && p->ttl <= 1)
 		return TC_ACT_OK;
 	if (f->mtu && p->kind != PKT_ICMP_ERROR && pkt_exceeds(skb, p, f->mtu)) {
 		p->mtu = f->mtu;
@@ -91,6 +101,8 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 	}
 	if (p->hook == HOOK_TO_POD || f->action == FLOW_TO_STACK)
 		return TC_ACT_OK;
+	if (f->action == FLOW_TO_HOST)
+		return to_host_device(skb, f);
 	/* An answer of the node itself that the stack has on its way already. */
 	if (p->hook == HOOK_TO_NETDEV && f->action == FLOW_TO_NETDEV && f->out_ifindex == skb->ifindex)
 		return TC_ACT_OK;

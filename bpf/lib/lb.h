@@ -29,6 +29,14 @@ static __always_inline int has_nodeports(__u32 addr_flags, __u32 hook)
 	return hook == HOOK_FROM_OVERLAY || (hook == HOOK_FROM_POD && (addr_flags & NODE_ADDR_NODEPORT));
 }
 
+/* The loopback addresses, which are not in node_addrs because nobody but the node itself may ask there (contract row V7). */
+static __always_inline __u32 localhost_flags(const struct addr *a)
+{
+	__u32 flag = addr_is_v4(a) ? NODE_LOCALHOST_IPV4 : NODE_LOCALHOST_IPV6;
+
+	return node_flags() & flag ? NODE_ADDR_LOCAL | NODE_ADDR_NODEPORT : 0;
+}
+
 static __always_inline struct service *service_find(const struct flow_key *key, __u32 hook)
 {
 	struct frontend_key fk = {.addr = key->dst, .port = key->dport, .proto = key->proto};
@@ -40,7 +48,10 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 	s = bpf_map_lookup_elem(&services, &fk);
 	if (s)
 		return s;
-	flags = node_addr_flags_of(&key->dst);
+	if (hook == HOOK_FROM_HOST && addr_is_loopback(&key->dst))
+		flags = localhost_flags(&key->dst);
+	else
+		flags = node_addr_flags_of(&key->dst);
 	if (!has_nodeports(flags, hook))
 		return NULL;
 	/* NodePort: one entry for all addresses of the family. */
@@ -139,7 +150,7 @@ static __always_inline int service_missing(const struct flow_key *key, __u32 hoo
 	struct service_addr_key k = {.prefixlen = 128, .addr = key->dst};
 	__u32 *what;
 
-	if (hook != HOOK_FROM_POD && hook != HOOK_FROM_NETDEV)
+	if (hook != HOOK_FROM_POD && hook != HOOK_FROM_NETDEV && hook != HOOK_FROM_HOST)
 		return 0;
 	what = bpf_map_lookup_elem(&service_addrs, &k);
 	if (!what)
@@ -186,7 +197,7 @@ static __always_inline void service_forward(struct new_flow *nf, const struct se
  */
 __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 {
-	__u32 scope = hook == HOOK_FROM_POD ? SCOPE_INTERNAL : SCOPE_EXTERNAL, node;
+	__u32 inside = hook == HOOK_FROM_POD || hook == HOOK_FROM_HOST, scope = inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL, node;
 	struct backend chosen, *b = &chosen;
 	struct service *s;
 	int ret;
@@ -211,7 +222,7 @@ __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 		ret = service_choose(nf, s, scope, &chosen);
 		if (ret)
 			return ret;
-		node = hook == HOOK_FROM_POD ? 0 : backend_node(b);
+		node = inside ? 0 : backend_node(b);
 		if (node) {
 			/* Sent by a pod whose node will soon know the service itself: forwarded once more it would not be believed. */
 			if (hook != HOOK_FROM_NETDEV)
@@ -224,7 +235,8 @@ __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 	nf->flags |= FLOW_SERVICE;
 	nf->post.dst = b->addr;
 	nf->post.dport = b->port;
-	if (addr_equal(&nf->post.dst, &nf->fwd.src))
+	/* The host's stack brings its own answers to to_loopback. */
+	if (addr_equal(&nf->post.dst, &nf->fwd.src) && hook != HOOK_FROM_HOST)
 		nf->post.src = nf->fwd.dst;
 	return 0;
 }

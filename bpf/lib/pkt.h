@@ -78,6 +78,14 @@ static __always_inline int addr_is_unspecified(const struct addr *a)
 	return a->w[3] == 0 && (addr_is_v4(a) || (a->w[2] == 0 && a->w[1] == 0 && a->w[0] == 0));
 }
 
+/* 127.0.0.0/8 or ::1. */
+static __always_inline int addr_is_loopback(const struct addr *a)
+{
+	if (addr_is_v4(a))
+		return a->b[12] == 127;
+	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == 0 && a->w[3] == bpf_htonl(1);
+}
+
 static __always_inline void addr_set_v4(struct addr *a, __be32 v4)
 {
 	a->w[0] = 0;
@@ -107,6 +115,11 @@ static __always_inline void mac_copy(__u8 *to, const __u8 *from)
 {
 	*(__u32 *)to = *(const __u32 *)from;
 	*(__u16 *)(to + 4) = *(const __u16 *)(from + 4);
+}
+
+static __always_inline int mac_is_zero(const __u8 *a)
+{
+	return *(const __u32 *)a == 0 && *(const __u16 *)(a + 4) == 0;
 }
 
 static __always_inline int key_equal(const struct flow_key *a, const struct flow_key *b)

@@ -33,12 +33,19 @@ static __always_inline int fib_leads_out(long ret)
 static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *nf)
 {
 	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->post.proto};
+	struct node_state *s = node_settings();
 	long ret;
 
-	/* Rules may go by the pod's own address; that of masquerade follows from the route, not the other way round. */
-	fib_addrs(&fib, &nf->fwd.src, &nf->post.dst);
+	/*
+	 * Rules may go by the pod's own address; that of masquerade follows from the route, not the other way round. The host's loopback address
+	 * has no route at all.
+	 */
+	fib_addrs(&fib, nf->flags & FLOW_VIA_HOST ? &nf->post.src : &nf->fwd.src, &nf->post.dst);
 	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
 	if (fib_leads_out(ret)) {
+		/* Service addresses are routed to the host's way to services, where nothing new can be said of this one. */
+		if (s && fib.ifindex == s->host_ifindex)
+			return -DROP_SERVICE_UNKNOWN_PORT;
 		nf->action[FORWARD] = FLOW_TO_NETDEV;
 		nf->out_ifindex[FORWARD] = fib.ifindex;
 		return 0;
@@ -103,6 +110,43 @@ static __always_inline int way_into_stack(struct __sk_buff *skb, struct new_flow
 	return nf->out_ifindex[FORWARD] ? 0 : -DROP_NO_ROUTE;
 }
 
+/* Gives the end of a flow that the host's stack is the MACs by which a device of its own takes a packet. */
+static __always_inline void host_end(struct endpoint *e, const __u8 *mac)
+{
+	mac_copy(e->mac, mac);
+	mac_copy(e->host_mac, mac);
+}
+
+/*
+ * What the host's stack sends to a service and that is for no pod of this node. To itself it comes back by the loopback device, because
+ * both addresses are its own. Another node is reached as that node answers, whose stack knows of no overlay; its pods are where they are.
+ */
+static __always_inline int way_from_host(struct __sk_buff *skb, struct new_flow *nf)
+{
+	const __u8 loopback[6] = {};
+	__u32 flags = node_addr_flags_of(&nf->post.dst);
+	struct route *r;
+	int ret;
+
+	if (flags & NODE_ADDR_LOCAL) {
+		/* What the stack only forwarded would be a martian there. */
+		if (!(nf->flags & FLOW_FROM_HOST))
+			return -DROP_NO_ROUTE;
+		nf->action[FORWARD] = FLOW_TO_HOST;
+		nf->out_ifindex[FORWARD] = LOOPBACK_IFINDEX;
+		host_end(&nf->dst, loopback);
+		return 0;
+	}
+	r = flags ? NULL : route_of(&nf->post.dst);
+	if (r && (r->flags & ROUTE_LOCAL))
+		return -DROP_NO_ROUTE;
+	if (r && (r->flags & ROUTE_OVERLAY))
+		return way_to_node(nf, FORWARD, r->node);
+	ret = route_lookup(skb, nf);
+	/* The stack has no second answer: it was the stack that sent the packet here. */
+	return ret || nf->action[FORWARD] != FLOW_TO_NETDEV ? -DROP_NO_ROUTE : 0;
+}
+
 /* Where the opener's packets go. 1: nowhere that Margay serves; the packet is the host's. */
 static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow *nf)
 {
@@ -113,6 +157,8 @@ static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow
 		nf->out_ifindex[FORWARD] = nf->dst.ifindex;
 		return 0;
 	}
+	if (nf->flags & FLOW_VIA_HOST)
+		return way_from_host(skb, nf);
 	if (nf->src.ifindex)
 		return way_from_pod(skb, nf);
 	nf->action[FORWARD] = FLOW_TO_STACK;
@@ -135,6 +181,11 @@ static __always_inline int choose_reply(struct __sk_buff *skb, struct new_flow *
 	if (nf->src.ifindex) {
 		nf->action[REPLY] = FLOW_TO_POD;
 		nf->out_ifindex[REPLY] = nf->src.ifindex;
+		return 0;
+	}
+	if (nf->flags & FLOW_VIA_HOST) {
+		/* note_host, or the entry, has told the device. */
+		nf->action[REPLY] = FLOW_TO_HOST;
 		return 0;
 	}
 	if (nf->flags & FLOW_VIA_STACK) {
@@ -170,11 +221,14 @@ static __always_inline void note_mtu(struct __sk_buff *skb, struct new_flow *nf)
 	}
 }
 
-/* Both ways. 1: the packet is the host's; minus a drop reason: there is none. */
-static __always_inline int choose_ways(struct __sk_buff *skb, struct new_flow *nf)
+/* Both ways; not inlined: connect is short of stack. 1: the packet is the host's; minus a drop reason: there is none. */
+__noinline int choose_ways(struct __sk_buff *skb, struct new_flow *nf)
 {
-	int ret = choose_forward(skb, nf);
+	int ret;
 
+	if (!nf)
+		return -DROP_INVALID_CONFIG;
+	ret = choose_forward(skb, nf);
 	if (ret)
 		return ret;
 	/* The answers come from where the opener's packets go. */

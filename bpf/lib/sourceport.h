@@ -111,6 +111,48 @@ __noinline int host_is_connected(struct __sk_buff *skb, struct new_flow *nf)
 	return connected;
 }
 
+/*
+ * The node itself has sent to a service: has it a socket of its own that talks to the backend directly, from the same port? Its answers would
+ * be taken for those to this flow. A socket that is not connected may be the one that asks.
+ */
+__noinline int host_talks_to(struct __sk_buff *skb, struct new_flow *nf)
+{
+	const struct flow_key *k;
+	struct bpf_sock *sk;
+	int connected;
+
+	if (!nf)
+		return 1;
+	k = &nf->post;
+	/* Two branches, because the verifier sees two types of sockets. */
+	if (k->proto == IPPROTO_TCP) {
+		if (!tcp_flags_open(nf->tcp_flags))
+			return 0;
+		sk = host_socket(skb, IPPROTO_TCP, &k->src, k->sport, &k->dst, k->dport);
+		if (!sk)
+			return 0;
+		connected = sk->state != BPF_TCP_LISTEN;
+		bpf_sk_release(sk);
+		return connected;
+	}
+	if (k->proto != IPPROTO_UDP)
+		return 0;
+	sk = host_socket(skb, IPPROTO_UDP, &k->src, k->sport, &k->dst, k->dport);
+	if (!sk)
+		return 0;
+	connected = sk->dst_port != 0;
+	bpf_sk_release(sk);
+	return connected;
+}
+
+/* The node's own sockets against this flow: none may have the source port where it is masqueraded, none the answers otherwise. */
+static __always_inline int host_objects(struct __sk_buff *skb, struct new_flow *nf)
+{
+	if (nf->flags & FLOW_MASQUERADE)
+		return host_uses_port(skb, nf);
+	return nf->flags & FLOW_VIA_HOST ? host_talks_to(skb, nf) : host_is_connected(skb, nf);
+}
+
 /* Has the flow of this entry ended, or was it forgotten by both ends? */
 static __always_inline int flow_is_dead(__u8 proto, const struct flow *f)
 {
@@ -152,7 +194,7 @@ __noinline int source_port_state(struct __sk_buff *skb, __u32 take_over)
 		return SOURCE_OURS;
 	if (taken && !(take_over && flow_is_dead(nf->key.proto, taken)))
 		return SOURCE_TAKEN;
-	if (nf->flags & FLOW_MASQUERADE ? host_uses_port(skb, nf) : host_is_connected(skb, nf))
+	if (host_objects(skb, nf))
 		return SOURCE_TAKEN;
 	if (taken)
 		flow_forget(&nf->key, taken);

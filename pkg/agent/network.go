@@ -19,6 +19,8 @@ type wantedNetwork struct {
 	routes  []node.KernelRoute
 	// podMTU is that of pods' interfaces, bytes; 0 = not known.
 	podMTU int
+	// services are the routes to service addresses, nil before the services are known.
+	services []link.ServiceRoute
 	// hold says that the source cannot read everything: nothing is taken back.
 	hold bool
 }
@@ -38,6 +40,7 @@ type (
 	network interface {
 		overlayMaker
 		deviceSetter
+		hostLinker
 	}
 )
 
@@ -74,10 +77,14 @@ func (n systemNetwork) SetPodMTU(r *endpoint.Record, mtu int) error {
 func (w *nodeWatcher) applyNetwork(s *survey, verify bool) (changed bool) {
 	w.mtuErrs = nil
 	if w.want == nil {
-		return w.adoptOverlay(s, verify)
+		changed = w.adoptOverlay(s, verify)
+		return w.adoptHost(s, verify) || changed
 	}
 	w.applyNotrack(verify)
 	changed = w.applyOverlay(s, verify)
+	if w.applyHost(s, verify) {
+		changed = true
+	}
 	if w.syncRoutes(s, changed || verify) {
 		changed = true
 	}
@@ -247,6 +254,9 @@ func (w *nodeWatcher) networkProblems() (out []string) {
 	}
 	if w.routesErr != nil {
 		out = append(out, "routes to other nodes: "+oneLine(w.routesErr))
+	}
+	if w.hostErr != nil {
+		out = append(out, "services for the node's own sockets: "+oneLine(w.hostErr))
 	}
 	return out
 }

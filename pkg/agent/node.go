@@ -29,6 +29,8 @@ type nodeFacts struct {
 	overlay int
 	// overlayDevice shows the overlay device, whatever its state; nil if there is none.
 	overlayDevice *DeviceStatus
+	// host is the ifindex of the device by which the host's stack sends to services, 0 while nothing answers there.
+	host int
 	// problems are what keeps devices and kernel routes from being as wanted.
 	problems []string
 }
@@ -43,7 +45,7 @@ type nodeMaps struct {
 
 // newNodeMaps turns a compilation, nil if there is none yet, into map content. What this machine knows of its own addresses goes
 // first. serves says on which addresses of other nodes NodePorts are served.
-func newNodeMaps(r *node.Result, local map[netip.Addr]uint32, serves func(netip.Addr) bool) nodeMaps {
+func newNodeMaps(r *node.Result, local map[netip.Addr]uint32, serves func(netip.Addr) bool, host int) nodeMaps {
 	w := nodeMaps{
 		nodes: map[uint32]bpf.Node{}, routes: map[bpf.RouteKey]bpf.Route{}, addrs: map[bpf.Addr]uint32{}, egress: map[uint32]bpf.EgressAddrs{},
 	}
@@ -66,6 +68,9 @@ func newNodeMaps(r *node.Result, local map[netip.Addr]uint32, serves func(netip.
 		}
 		for ifindex, e := range r.Egress {
 			w.egress[uint32(ifindex)] = newEgressAddrs(e)
+		}
+		if host != 0 {
+			w.egress[uint32(host)] = newEgressAddrs(node.Egress{V4: ownAddr(r, false), V6: ownAddr(r, true)})
 		}
 	}
 	for a, flags := range local {
@@ -109,12 +114,21 @@ func (p *pipeline) compileNodes() (hold bool) {
 	p.nodesChanged = false
 	r := p.nodes.Compile(node.Input{Snapshot: p.snapshot.Snapshot, Machine: p.facts.machine, Hold: hold, InUse: p.nodesInUse()})
 	p.nodeResult = r
-	want := &wantedNetwork{overlay: r.Overlay, routes: r.KernelRoutes, podMTU: r.PodMTU, hold: hold}
+	p.wantNetwork(hold)
+	return hold
+}
+
+// wantNetwork says what devices and kernel routes follow from the nodes and the services, as far as they are compiled.
+func (p *pipeline) wantNetwork(hold bool) {
+	r := p.nodeResult
+	if r == nil {
+		return
+	}
+	want := &wantedNetwork{overlay: r.Overlay, routes: r.KernelRoutes, podMTU: r.PodMTU, services: p.serviceRoutes(), hold: hold}
 	if !reflect.DeepEqual(want, p.wantedNetwork) {
 		p.wantedNetwork = want
 		p.network(want)
 	}
-	return hold
 }
 
 // nodesInUse are the numbers that the kernel's maps name.
@@ -157,7 +171,9 @@ func (l *nodePlan) empty() bool {
 // planNodes compares. With hold an entry is neither deleted nor given to another node: the owner may be in what the source cannot read. The
 // machine's own addresses are nobody else's to say.
 func (p *pipeline) planNodes(hold bool) *nodePlan {
-	l := &nodePlan{want: newNodeMaps(p.nodeResult, p.ownAddrs(), p.serves), fingerprintMove: p.facts.routes != p.routes}
+	l := &nodePlan{
+		want: newNodeMaps(p.nodeResult, p.ownAddrs(), p.serves, p.facts.host), fingerprintMove: p.facts.routes != p.routes,
+	}
 	l.nodesPut, l.nodesGone = p.m.nodes.plan(l.want.nodes, always, func(bpf.Node) bool { return !hold })
 	l.routesPut, l.routesGone = p.m.routes.plan(l.want.routes,
 		func(have, want bpf.Route) bool { return !hold || have.Node == want.Node }, func(bpf.Route) bool { return !hold })
@@ -176,10 +192,14 @@ func always[V any](V, V) bool { return true }
 
 // wantState is the whole of node_state. Masquerade is not switched on before the routes are known: what is in the cluster would get it too.
 func (p *pipeline) wantState() bpf.NodeState {
-	s := bpf.NodeState{OverlayIfindex: uint32(p.facts.overlay), Vni: p.reach.VXLANVNI, OverlayPort: bpf.Port16(p.reach.VXLANPort)}
+	s := bpf.NodeState{
+		OverlayIfindex: uint32(p.facts.overlay), Vni: p.reach.VXLANVNI, OverlayPort: bpf.Port16(p.reach.VXLANPort),
+		HostIfindex: uint32(p.facts.host),
+	}
 	if p.verdicts {
 		s.Flags |= bpf.NodeVerdictEvents
 	}
+	s.Flags |= p.nodePorts.localhost()
 	if p.reach.Masquerade {
 		s.Flags |= bpf.NodeMasquerade
 		if p.nodeResult == nil {

@@ -311,7 +311,7 @@ func TestNodesThroughFaultsAndKills(t *testing.T) {
 			if k.routeEpoch == epoch && len(k.routes.entries) != routes {
 				t.Fatalf("seed %d, snapshot %d: routes changed and the epoch was not raised", seed, i)
 			}
-			final = newNodeMaps(r.nodeResult, nil, r.serves).routes
+			final = newNodeMaps(r.nodeResult, nil, r.serves, 0).routes
 			if diff := cmp.Diff(final, k.routes.entries); diff != "" {
 				t.Fatalf("seed %d, snapshot %d: routes (-want +got):\n%s", seed, i, diff)
 			}

@@ -59,6 +59,17 @@ func (n NodePortAddresses) has(a netip.Addr, primary bool) bool {
 	return !spoken && !n.Localhost
 }
 
+// localhost are the flags of node_state for the loopback addresses, on which the node's own processes find NodePorts.
+func (n NodePortAddresses) localhost() (flags uint32) {
+	if n.has(netip.AddrFrom4([4]byte{127, 0, 0, 1}), false) {
+		flags |= bpf.NodeLocalhostIPv4
+	}
+	if n.has(netip.IPv6Loopback(), false) {
+		flags |= bpf.NodeLocalhostIPv6
+	}
+	return flags
+}
+
 // restrict takes the NodePort flag off this node's addresses that are not selected. named are the addresses of the Node object, ordered
 // those of the machine, each in the order of preference.
 func (n NodePortAddresses) restrict(flags map[netip.Addr]uint32, named, ordered []netip.Addr) map[netip.Addr]uint32 {

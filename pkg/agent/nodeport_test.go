@@ -113,3 +113,17 @@ func TestV6_RestartKeepsThePrimaryAddress(t *testing.T) {
 		}
 	}
 }
+
+// Which of 127.0.0.1 and ::1 the node itself finds NodePorts on.
+func TestV7_LocalhostIsOnlyServedWhenAskedFor(t *testing.T) {
+	both := bpf.NodeLocalhostIPv4 | bpf.NodeLocalhostIPv6
+	for flag, want := range map[string]uint32{
+		"primary": 0, "localhost": both, "primary,localhost": both, "all": both, "127.0.0.0/8": both, "127.0.0.0/8,2001:db8::/64": bpf.NodeLocalhostIPv4,
+		"10.0.0.0/8,::1/128": bpf.NodeLocalhostIPv6, "10.0.0.0/8,2001:db8::/64": 0,
+	} {
+		n, err := ParseNodePortAddresses(flag)
+		if err != nil || n.localhost() != want {
+			t.Errorf("--nodeport-addresses %s: flags %d, %v, want %d", flag, n.localhost(), err, want)
+		}
+	}
+}

@@ -37,11 +37,18 @@ type overlayAttacher interface {
 	OverlayAttached(ifindex int) error
 }
 
+// hostAttacher attaches the programs between the host's own sockets and services (pkg/datapath implements it).
+type hostAttacher interface {
+	AttachHost(peer int) error
+	HostAttached(peer int) error
+}
+
 // Attacher is what the node watcher needs of the datapath.
 type Attacher interface {
 	podAttacher
 	netdevAttacher
 	overlayAttacher
+	hostAttacher
 }
 
 // Delays of the node watcher.
@@ -56,8 +63,8 @@ const (
 var errPodDevice = errors.New("the device carries a pod's programs")
 
 // nodeWatcher owns the attachments: from_netdev and to_netdev on the devices of the node, from_overlay and to_overlay on the overlay device,
-// and the repair of what pods should have. It makes the overlay device and the kernel's routes to other nodes as the pipeline wants them,
-// and tells the pipeline what the node's addresses and routes are.
+// and the repair of what pods should have. It makes the overlay device, the pair by which the host reaches services, and the kernel's routes
+// to other nodes and to services as the pipeline wants them, and tells the pipeline what the node's addresses and routes are.
 type nodeWatcher struct {
 	attach  Attacher
 	log     *slog.Logger
@@ -85,9 +92,11 @@ type nodeWatcher struct {
 	// want is what the pipeline wants of the network, nil before it knows; overlay the overlay device that carries our programs, 0 = none.
 	want    *wantedNetwork
 	overlay int
-	// overlayErr, routesErr and mtuErrs are what keeps the network from being as wanted.
-	overlayErr, routesErr error
-	mtuErrs               []string
+	// host is the index of link.HostDevice once the programs are where what is sent there arrives, 0 = not so; hostPeer of its other end.
+	host, hostPeer int
+	// overlayErr, routesErr, hostErr and mtuErrs are what keeps the network from being as wanted.
+	overlayErr, routesErr, hostErr error
+	mtuErrs                        []string
 	// notrackErr is why conntrack may know the overlay's packets.
 	notrackErr error
 }
@@ -182,7 +191,7 @@ func (w *nodeWatcher) survey(verify bool) bool {
 		}
 	}
 	facts := nodeFacts{
-		addrs: addrs, routes: s.fingerprint(), devices: chosen, machine: machine, overlay: w.overlay,
+		addrs: addrs, routes: s.fingerprint(), devices: chosen, machine: machine, overlay: w.overlay, host: w.host,
 		overlayDevice: w.overlayStatus(s), problems: w.networkProblems(), ordered: s.ordered(chosen),
 	}
 	facts.problems = append(facts.problems, w.notrackProblems()...)
@@ -284,7 +293,7 @@ func (w *nodeWatcher) checkRemoved(index int, removals <-chan int) {
 		}
 	}
 	w.checkPods(pods)
-	if removed[0] || (w.overlay != 0 && removed[w.overlay]) {
+	if removed[0] || (w.overlay != 0 && removed[w.overlay]) || (w.host != 0 && (removed[w.hostPeer] || removed[loopback])) {
 		w.survey(true)
 		return
 	}

@@ -34,6 +34,8 @@ func (f fakeAttacher) AttachNetdev(i int) error    { return f.set(i, "netdev") }
 func (f fakeAttacher) NetdevAttached(i int) error  { return f.is(i, "netdev") }
 func (f fakeAttacher) AttachOverlay(i int) error   { return f.set(i, "overlay") }
 func (f fakeAttacher) OverlayAttached(i int) error { return f.is(i, "overlay") }
+func (f fakeAttacher) AttachHost(i int) error      { return f.set(i, "host") }
+func (f fakeAttacher) HostAttached(i int) error    { return f.is(i, "host") }
 func (f fakeAttacher) DetachNetdev(i int) error {
 	if f[i] == "netdev" {
 		delete(f, i)

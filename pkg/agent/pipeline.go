@@ -321,6 +321,7 @@ func (p *pipeline) applySource() {
 	if p.changed {
 		p.compile()
 		p.changed = false
+		p.wantNetwork(hold)
 		if hold {
 			p.keepNumbers()
 		}

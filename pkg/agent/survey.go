@@ -46,6 +46,8 @@ type survey struct {
 	routes  []string
 	// nodeRoutes are the kernel's routes to other nodes that we made.
 	nodeRoutes map[link.NodeRoute]bool
+	// serviceRoutes are those to service addresses, by the device that they lead into.
+	serviceRoutes map[int]map[link.ServiceRoute]bool
 }
 
 // podDevicePrefix begins the name of every host-side device that Margay makes.
@@ -102,7 +104,7 @@ func readSurvey() (*survey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list routing rules: %w", err)
 	}
-	s := &survey{nodeRoutes: map[link.NodeRoute]bool{}}
+	s := &survey{nodeRoutes: map[link.NodeRoute]bool{}, serviceRoutes: map[int]map[link.ServiceRoute]bool{}}
 	byIndex := map[int]*device{}
 	for _, l := range links {
 		a := l.Attrs()
@@ -165,12 +167,25 @@ func (s *survey) addRoute(r netlink.Route, byIndex map[int]*device) {
 		}
 		fmt.Fprintf(&line, " via %v dev %d mtu %d", h.Gw, h.LinkIndex, d.mtu)
 	}
+	if r.Protocol == link.ServiceRouteProtocol {
+		s.addServiceRoute(r)
+		return
+	}
 	if r.Protocol == link.NodeRouteProtocol {
 		s.nodeRoutes[link.NewNodeRoute(r)] = true
 	}
 	if !podOnly {
 		s.routes = append(s.routes, line.String())
 	}
+}
+
+// addServiceRoute keeps a route to service addresses out of the fingerprint: what pods send there the services decide, and a new service must
+// not send every flow of the node through the slow path.
+func (s *survey) addServiceRoute(r netlink.Route) {
+	if s.serviceRoutes[r.LinkIndex] == nil {
+		s.serviceRoutes[r.LinkIndex] = map[link.ServiceRoute]bool{}
+	}
+	s.serviceRoutes[r.LinkIndex][link.NewServiceRoute(r)] = true
 }
 
 func isDefault(r netlink.Route) bool {
@@ -183,6 +198,11 @@ func isDefault(r netlink.Route) bool {
 
 func isPodDevice(name string) bool {
 	return strings.HasPrefix(name, podDevicePrefix)
+}
+
+// isHostPair says that the device is one of the two by which the host reaches services.
+func isHostPair(name string) bool {
+	return name == link.HostDevice || name == link.ServiceDevice
 }
 
 // toAddr returns the global address, or the zero Addr for one of another scope.
@@ -220,7 +240,7 @@ var virtualKinds = []string{"dummy", "ifb", "nlmon", "vcan", "vrf"}
 
 // choose returns why the device carries from_netdev, or "".
 func (c chooser) choose(d device) string {
-	if d.loopback || d.overlay || isPodDevice(d.name) || c.pods[d.index] {
+	if d.loopback || d.overlay || isPodDevice(d.name) || isHostPair(d.name) || c.pods[d.index] {
 		return ""
 	}
 	if len(c.patterns) > 0 {
@@ -277,6 +297,16 @@ func (s *survey) facts(c chooser) (map[netip.Addr]uint32, []DeviceStatus, node.M
 func (s *survey) overlay() *device {
 	for i := range s.devices {
 		if s.devices[i].overlay {
+			return &s.devices[i]
+		}
+	}
+	return nil
+}
+
+// named returns the device of that name, nil if there is none.
+func (s *survey) named(name string) *device {
+	for i := range s.devices {
+		if s.devices[i].name == name {
 			return &s.devices[i]
 		}
 	}

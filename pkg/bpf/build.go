@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "438772534e9bbc2bbb743b5a"
+const build = "4ccece6f69854314c40d6bea"

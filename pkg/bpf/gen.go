@@ -7,5 +7,6 @@ package bpf
 //go:generate go tool bpf2go -target bpfel -no-global-types -output-stem pod pod ../../bpf/pod.bpf.c
 //go:generate go tool bpf2go -target bpfel -no-global-types -output-stem netdev netdev ../../bpf/netdev.bpf.c
 //go:generate go tool bpf2go -target bpfel -no-global-types -output-stem overlay overlay ../../bpf/overlay.bpf.c
+//go:generate go tool bpf2go -target bpfel -no-global-types -output-stem host host ../../bpf/host.bpf.c
 //go:generate go tool bpf2go -target bpfel -no-global-types -output-stem sweep sweep ../../bpf/sweep.bpf.c
 //go:generate go run ../../hack/buildid

@@ -13,6 +13,8 @@ const (
 	ProgToNetdev     = "to_netdev"
 	ProgFromOverlay  = "from_overlay"
 	ProgToOverlay    = "to_overlay"
+	ProgFromHost     = "from_host"
+	ProgToLoopback   = "to_loopback"
 	ProgSweepFlows   = "sweep_flows"
 )
 
@@ -34,7 +36,7 @@ func MapSpecs() (map[string]*ebpf.MapSpec, error) {
 // ProgramSpecs returns the embedded objects that hold programs. Each call parses them anew: the caller owns what it gets.
 func ProgramSpecs() ([]*ebpf.CollectionSpec, error) {
 	var specs []*ebpf.CollectionSpec
-	for _, load := range []func() (*ebpf.CollectionSpec, error){loadPod, loadNetdev, loadOverlay, loadSweep} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadPod, loadNetdev, loadOverlay, loadHost, loadSweep} {
 		spec, err := load()
 		if err != nil {
 			return nil, err

@@ -211,6 +211,7 @@ const (
 	dpFlowActionFLOW_TO_NETDEV   dpFlowAction = 3
 	dpFlowActionFLOW_TO_NODE     dpFlowAction = 4
 	dpFlowActionFLOW_INTO_NETDEV dpFlowAction = 5
+	dpFlowActionFLOW_TO_HOST     dpFlowAction = 6
 )
 
 type dpFlowFlags uint32
@@ -229,6 +230,7 @@ const (
 	dpFlowFlagsFLOW_MASQUERADE     dpFlowFlags = 1024
 	dpFlowFlagsFLOW_FORWARDED      dpFlowFlags = 2048
 	dpFlowFlagsFLOW_DSR            dpFlowFlags = 4096
+	dpFlowFlagsFLOW_VIA_HOST       dpFlowFlags = 8192
 )
 
 type dpFlowKey struct {
@@ -302,6 +304,8 @@ const (
 	dpHookHOOK_TO_NETDEV    dpHook = 4
 	dpHookHOOK_FROM_OVERLAY dpHook = 5
 	dpHookHOOK_TO_OVERLAY   dpHook = 6
+	dpHookHOOK_FROM_HOST    dpHook = 7
+	dpHookHOOK_TO_LOOPBACK  dpHook = 8
 )
 
 type dpIdentity uint32
@@ -392,6 +396,8 @@ type dpNodeFlags uint32
 const (
 	dpNodeFlagsNODE_VERDICT_EVENTS dpNodeFlags = 1
 	dpNodeFlagsNODE_MASQUERADE     dpNodeFlags = 2
+	dpNodeFlagsNODE_LOCALHOST_IPV4 dpNodeFlags = 4
+	dpNodeFlagsNODE_LOCALHOST_IPV6 dpNodeFlags = 8
 )
 
 type dpNodeState struct {
@@ -401,6 +407,7 @@ type dpNodeState struct {
 	Vni            uint32
 	OverlayPort    uint16
 	Reserved       uint16
+	HostIfindex    uint32
 }
 
 type dpOverlayVni uint32

@@ -96,6 +96,8 @@ const (
 
 	NodeVerdictEvents = uint32(dpNodeFlagsNODE_VERDICT_EVENTS)
 	NodeMasquerade    = uint32(dpNodeFlagsNODE_MASQUERADE)
+	NodeLocalhostIPv4 = uint32(dpNodeFlagsNODE_LOCALHOST_IPV4)
+	NodeLocalhostIPv6 = uint32(dpNodeFlagsNODE_LOCALHOST_IPV6)
 
 	ScopeExternal = uint32(dpServiceScopeSCOPE_EXTERNAL)
 	ScopeInternal = uint32(dpServiceScopeSCOPE_INTERNAL)
@@ -126,6 +128,7 @@ const (
 	FlowToNetdev   = uint8(dpFlowActionFLOW_TO_NETDEV)
 	FlowToNode     = uint8(dpFlowActionFLOW_TO_NODE)
 	FlowIntoNetdev = uint8(dpFlowActionFLOW_INTO_NETDEV)
+	FlowToHost     = uint8(dpFlowActionFLOW_TO_HOST)
 
 	FlowReply         = uint16(dpFlowFlagsFLOW_REPLY)
 	FlowNAT           = uint16(dpFlowFlagsFLOW_NAT)
@@ -140,6 +143,7 @@ const (
 	FlowMasquerade    = uint16(dpFlowFlagsFLOW_MASQUERADE)
 	FlowForwarded     = uint16(dpFlowFlagsFLOW_FORWARDED)
 	FlowDSR           = uint16(dpFlowFlagsFLOW_DSR)
+	FlowViaHost       = uint16(dpFlowFlagsFLOW_VIA_HOST)
 
 	FlowTCPSyn         = uint8(dpFlowTcpFLOW_TCP_SYN)
 	FlowTCPFin         = uint8(dpFlowTcpFLOW_TCP_FIN)

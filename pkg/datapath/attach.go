@@ -37,6 +37,8 @@ var (
 	netdevHooks = []hookPoint{{bpf.ProgFromNetdev, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToNetdev, netlink.HANDLE_MIN_EGRESS}}
 	// A device without link layer needs another program, and to_netdev does not know its packets.
 	l3NetdevHooks = []hookPoint{{bpf.ProgFromL3Netdev, netlink.HANDLE_MIN_INGRESS}}
+	hostHooks     = []hookPoint{{bpf.ProgFromHost, netlink.HANDLE_MIN_INGRESS}}
+	loopbackHooks = []hookPoint{{bpf.ProgToLoopback, netlink.HANDLE_MIN_EGRESS}}
 	overlayHooks  = []hookPoint{{bpf.ProgFromOverlay, netlink.HANDLE_MIN_INGRESS}, {bpf.ProgToOverlay, netlink.HANDLE_MIN_EGRESS}}
 )
 

@@ -14,8 +14,11 @@ import (
 )
 
 var (
-	programNames = []string{bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgFromL3Netdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay, bpf.ProgSweepFlows}
-	podPrograms  = []string{bpf.ProgFromPod, bpf.ProgToPod}
+	programNames = []string{
+		bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgFromL3Netdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay,
+		bpf.ProgFromHost, bpf.ProgToLoopback, bpf.ProgSweepFlows,
+	}
+	podPrograms = []string{bpf.ProgFromPod, bpf.ProgToPod}
 )
 
 // ensurePrograms verifies, loads and pins this build's programs over the given maps. They appear under their directory's final name all

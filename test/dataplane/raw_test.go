@@ -19,7 +19,7 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// wire sends and sees whole frames on a namespace's eth0, as a process with CAP_NET_RAW can.
+// wire sends and sees whole frames on a device of a namespace, as a process with CAP_NET_RAW can.
 type wire struct {
 	t  *testing.T
 	fd int
@@ -30,13 +30,18 @@ const allProtocols = 0x0300 // ETH_P_ALL in network byte order
 
 func newWire(t *testing.T, ns *netnstest.NS) *wire {
 	t.Helper()
+	return newWireOn(t, ns, "eth0")
+}
+
+func newWireOn(t *testing.T, ns *netnstest.NS, device string) *wire {
+	t.Helper()
 	w := &wire{t: t}
 	ns.Do(func() {
 		var err error
 		if w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, allProtocols); err != nil {
 			t.Fatal(err)
 		}
-		if w.Interface, err = net.InterfaceByName("eth0"); err != nil {
+		if w.Interface, err = net.InterfaceByName(device); err != nil {
 			t.Fatal(err)
 		}
 	})
