@@ -18,6 +18,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 	"github.com/margay-cni/margay/internal/testutil/pkt"
+	"github.com/margay-cni/margay/pkg/bpf"
 )
 
 // Large messages, both ways and in both protocols: what does not fit the overlay is segmented, or the sender is told and fragments.
@@ -234,4 +235,50 @@ func TestV15_KernelSocketToClusterIP(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Contract rows V10 and V11 for the node itself: it is a client like any other, by its address.
+func TestV11_HostAffinityAndSourceRanges(t *testing.T) {
+	t.Parallel()
+	n := nodetest.New(t)
+	balancers := []netip.Addr{netip.MustParseAddr("203.0.113.10"), netip.MustParseAddr("2001:db8:7::10")}
+	n.ServeHost(balancers...)
+	var pods []*nodetest.Pod
+	for _, name := range []string{"b", "c", "d"} {
+		p := n.AddPod(name)
+		nodetest.Serve(t, p.NS, name, 8080)
+		pods = append(pods, p)
+	}
+	id := uint32(0)
+	families(t, func(t *testing.T, v6 bool) {
+		for network, proto := range protocols {
+			id++
+			var backends []netip.AddrPort
+			for _, p := range pods {
+				backends = append(backends, netip.AddrPortFrom(p.Addr(v6), 8080))
+			}
+			node := family(n.Addrs, v6)
+			frontends := []bpf.FrontendKey{
+				bpf.NewFrontendKey(proto, family(vips, v6), 80), bpf.NewFrontendKey(proto, nodePort(v6), 30080), bpf.NewFrontendKey(proto, family(balancers, v6), 80),
+			}
+			for _, k := range frontends {
+				n.AddService(id, k, backends...)
+				change(t, n, k, func(s *bpf.Service) { s.Affinity = 60 })
+			}
+			change(t, n, frontends[2], func(s *bpf.Service) { s.Flags |= bpf.ServiceSourceRanges })
+			balancer := netip.AddrPortFrom(family(balancers, v6), 80)
+			if got, err := nodetest.Ask(t, n.NS, network, balancer); err == nil {
+				t.Errorf("%s by the load balancer address from outside its source ranges: %q, want no answer", network, got)
+			}
+			n.Put(n.DP.Maps.SourceRanges, bpf.NewSourceRangeKey(id, netip.PrefixFrom(node, node.BitLen())), uint32(1))
+			// By chance one of three would answer twelve times in a row once in 177 147 runs.
+			seen := answers(t, n.NS, network, 12, netip.AddrPortFrom(family(vips, v6), 80), netip.AddrPortFrom(node, 30080), balancer)
+			if len(seen) != 1 {
+				t.Errorf("%s with affinity: answered by %v, want one pod", network, seen)
+			}
+		}
+	})
+	if n.AllDrops()["source_range"] < 4 {
+		t.Errorf("drops = %v, want at least 4 source_range", n.AllDrops())
+	}
 }
