@@ -126,6 +126,7 @@ enum flow_flags {
 	FLOW_MASQUERADE = 1024, /* the opener's source becomes an address of this node, with a port that was chosen for it */
 	FLOW_FORWARDED = 2048,	/* with FLOW_TO_NODE: service traffic under the client's own address, VNI_FORWARDED */
 	FLOW_DSR = 4096,	/* a forwarded flow whose answers the pod's node sends to the client itself */
+	FLOW_TO_MAC = 8192,	/* with FLOW_TO_NETDEV, of the answers: to dst_mac, because the kernel has no route there by the device */
 };
 
 /* TCP flags seen in one direction of a flow. */

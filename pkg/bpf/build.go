@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "7db89e62011ccbb5bb743b5a"
+const build = "753b7d87ffea3729bb743b5a"

@@ -229,6 +229,7 @@ const (
 	dpFlowFlagsFLOW_MASQUERADE     dpFlowFlags = 1024
 	dpFlowFlagsFLOW_FORWARDED      dpFlowFlags = 2048
 	dpFlowFlagsFLOW_DSR            dpFlowFlags = 4096
+	dpFlowFlagsFLOW_TO_MAC         dpFlowFlags = 8192
 )
 
 type dpFlowKey struct {

@@ -140,6 +140,7 @@ const (
 	FlowMasquerade    = uint16(dpFlowFlagsFLOW_MASQUERADE)
 	FlowForwarded     = uint16(dpFlowFlagsFLOW_FORWARDED)
 	FlowDSR           = uint16(dpFlowFlagsFLOW_DSR)
+	FlowToMAC         = uint16(dpFlowFlagsFLOW_TO_MAC)
 
 	FlowTCPSyn         = uint8(dpFlowTcpFLOW_TCP_SYN)
 	FlowTCPFin         = uint8(dpFlowTcpFLOW_TCP_FIN)
