@@ -163,7 +163,7 @@ const (
 func (s *soak) talk(c *connection, rnd *rand.Rand) error {
 	questions, pause := 1+rnd.IntN(3), time.Duration(0)
 	if rnd.IntN(8) == 0 {
-		questions, pause = 10+rnd.IntN(20), 100*time.Millisecond
+		questions, pause = 10+rnd.IntN(10), 100*time.Millisecond
 	}
 	source := c.path.source()
 	patience := map[string]time.Duration{"tcp": tcpPatience, "udp": udpPatience}[c.path.network]
