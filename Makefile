@@ -11,6 +11,8 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 # Time for one benchmark, and for one fuzz target.
 BENCHTIME ?= 1s
 FUZZTIME ?= 20s
+# How long soak goes on, in each routing mode.
+SOAKTIME ?= 60s
 # Further flags for every go test, for example TESTFLAGS='-run TestAdd -v'.
 TESTFLAGS ?=
 # Kernels of test-vm.
@@ -39,7 +41,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -67,6 +69,9 @@ test-root: ## Run the tests of the packages that need root; without it most of t
 test-vm: ## Run the tests that need root on Debian's kernels 6.1 and 6.12 in emulated machines (KERNELS, PACKAGES, VM_FLAGS, TIME)
 	hack/install-deps deps-vm.txt
 	hack/vm/run $(KERNELS)
+
+soak: ## Open and close connections for SOAKTIME=60s in each routing mode while pods, policies, nodes and agents change (needs root)
+	go test -count=1 -timeout 30m -run '^TestSoak$$' -v $(TESTFLAGS) ./test/nodes -soak $(SOAKTIME)
 
 lint: ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }

@@ -130,6 +130,7 @@ enum flow_flags {
 	FLOW_FORWARDED = 2048,	/* with FLOW_TO_NODE: service traffic under the client's own address, VNI_FORWARDED */
 	FLOW_DSR = 4096,	/* a forwarded flow whose answers the pod's node sends to the client itself */
 	FLOW_VIA_HOST = 8192,	/* opened by a packet that the host's stack sent to a service (from_host) */
+	FLOW_TO_MAC = 16384,	/* with FLOW_TO_NETDEV, of the answers: to dst_mac, because the kernel has no route there by the device */
 };
 
 /* TCP flags seen in one direction of a flow. */

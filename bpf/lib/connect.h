@@ -98,7 +98,8 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	if (!f || !flow_keeps_translation(p, f, epoch))
 		return first_tuples(skb, p, nf);
 	nf->known = 1;
-	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_VIA_HOST | FLOW_FROM_HOST | FLOW_FORWARDED | FLOW_DSR | FLOW_MASQUERADE);
+	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_VIA_HOST | FLOW_FROM_HOST | FLOW_FORWARDED | FLOW_DSR | FLOW_MASQUERADE |
+				FLOW_TO_MAC);
 	nf->backend = f->backend;
 	nf->backend_port = f->backend_port;
 	if (nf->flags & FLOW_SERVICE) {
@@ -108,6 +109,8 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	if (f->flags & FLOW_REPLY) {
 		nf->reply = 1;
 		recall_direction(nf, f, REPLY);
+		mac_copy(nf->src.mac, f->dst_mac); /* FLOW_TO_MAC; a pod's are read again */
+		mac_copy(nf->src.host_mac, f->src_mac);
 		if (f->flags & FLOW_VIA_HOST)
 			host_end(&nf->src, f->dst_mac);
 		key_reverse(&nf->fwd, &f->xlate);

@@ -61,6 +61,16 @@ static __always_inline int to_host_device(struct __sk_buff *skb, const struct fl
 	return ret ? ret : bpf_redirect(f->out_ifindex, BPF_F_INGRESS);
 }
 
+static __always_inline int to_netdev_device(struct __sk_buff *skb, const struct flow *f)
+{
+	int ret;
+
+	if (!(f->flags & FLOW_TO_MAC))
+		return bpf_redirect_neigh(f->out_ifindex, NULL, 0, 0);
+	ret = mac_rewrite(skb, f);
+	return ret ? ret : bpf_redirect(f->out_ifindex, 0);
+}
+
 /*
  * For a backend that is this node itself, from the overlay: the stack's reverse path filter wants the client's packet from where it would
  * send the answer. Nobody else's frame has one address at both ends; by that from_netdev knows it.
@@ -112,7 +122,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 	if (f->action == FLOW_TO_POD)
 		return to_pod_device(skb, f);
 	if (f->action == FLOW_TO_NETDEV)
-		return bpf_redirect_neigh(f->out_ifindex, NULL, 0, 0);
+		return to_netdev_device(skb, f);
 	if (f->action == FLOW_TO_NODE)
 		return overlay_forward(skb, f);
 	if (f->action == FLOW_INTO_NETDEV)

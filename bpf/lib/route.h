@@ -175,9 +175,38 @@ static __always_inline int way_to_client(struct __sk_buff *skb, struct new_flow 
 	return nf->out_ifindex[REPLY] ? 0 : -DROP_NO_ROUTE;
 }
 
+/*
+ * By the device that the packet at hand came in on: to the kernel's next hop there. If the kernel knows none, because its route to the
+ * client is by another device, then to the neighbour that the packet came from. (IPv4 would take the client for a neighbour, IPv6 the
+ * other device's gateway.)
+ */
+static __always_inline int way_back(struct __sk_buff *skb, struct new_flow *nf)
+{
+	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
+	const __u8 none[6] = {};
+	struct ethhdr *eth;
+
+	nf->out_ifindex[REPLY] = skb->ifindex;
+	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
+	if (fib_leads_out(bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT)) && fib.ifindex == skb->ifindex)
+		return 0;
+	eth = pkt_at(skb, 0, sizeof(*eth));
+	if (!eth)
+		return -DROP_TRUNCATED;
+	/* A device without link layer has no neighbours. */
+	if (mac_equal(eth->h_source, none))
+		return 0;
+	nf->flags |= FLOW_TO_MAC;
+	mac_copy(nf->src.mac, eth->h_source);
+	mac_copy(nf->src.host_mac, eth->h_dest);
+	return 0;
+}
+
 /* Where the answers go. */
 static __always_inline int choose_reply(struct __sk_buff *skb, struct new_flow *nf)
 {
+	if (!nf->reply)
+		nf->flags &= ~FLOW_TO_MAC;
 	if (nf->src.ifindex) {
 		nf->action[REPLY] = FLOW_TO_POD;
 		nf->out_ifindex[REPLY] = nf->src.ifindex;
@@ -200,9 +229,7 @@ static __always_inline int choose_reply(struct __sk_buff *skb, struct new_flow *
 		return nf->flags & FLOW_DSR ? way_to_client(skb, nf) : way_to_node(nf, REPLY, nf->in_node[FORWARD]);
 	/* By the device that the opener came in on, whatever the routes say. */
 	nf->action[REPLY] = FLOW_TO_NETDEV;
-	if (!nf->reply)
-		nf->out_ifindex[REPLY] = skb->ifindex;
-	return 0;
+	return nf->reply ? 0 : way_back(skb, nf);
 }
 
 /*

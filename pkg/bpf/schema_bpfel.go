@@ -231,6 +231,7 @@ const (
 	dpFlowFlagsFLOW_FORWARDED      dpFlowFlags = 2048
 	dpFlowFlagsFLOW_DSR            dpFlowFlags = 4096
 	dpFlowFlagsFLOW_VIA_HOST       dpFlowFlags = 8192
+	dpFlowFlagsFLOW_TO_MAC         dpFlowFlags = 16384
 )
 
 type dpFlowKey struct {

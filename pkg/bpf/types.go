@@ -144,6 +144,7 @@ const (
 	FlowForwarded     = uint16(dpFlowFlagsFLOW_FORWARDED)
 	FlowDSR           = uint16(dpFlowFlagsFLOW_DSR)
 	FlowViaHost       = uint16(dpFlowFlagsFLOW_VIA_HOST)
+	FlowToMAC         = uint16(dpFlowFlagsFLOW_TO_MAC)
 
 	FlowTCPSyn         = uint8(dpFlowTcpFLOW_TCP_SYN)
 	FlowTCPFin         = uint8(dpFlowTcpFLOW_TCP_FIN)

@@ -22,11 +22,12 @@ func (d *Datapath) SweepFlows(ctx context.Context) (visited, deleted int, err er
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
 		return 0, 0, fmt.Errorf("read the clock: %w", err)
 	}
-	return d.sweepAt(uint32(ts.Sec))
+	return d.SweepFlowsAt(uint32(ts.Sec))
 }
 
-// sweepAt sweeps as if the clock said now, in seconds of CLOCK_MONOTONIC.
-func (d *Datapath) sweepAt(now uint32) (visited, deleted int, err error) {
+// SweepFlowsAt is SweepFlows as if the clock said now, in seconds of CLOCK_MONOTONIC: with a later time a test sees today which flows
+// would be left then. The agent calls SweepFlows.
+func (d *Datapath) SweepFlowsAt(now uint32) (visited, deleted int, err error) {
 	in, out := bpf.Sweep{Now: now}, bpf.Sweep{}
 	_, err = d.progs[bpf.ProgSweepFlows].Run(&ebpf.RunOptions{Context: &in, ContextOut: &out})
 	if err != nil {

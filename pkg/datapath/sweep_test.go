@@ -61,9 +61,9 @@ func TestSweepFlows(t *testing.T) {
 				if tt.gone {
 					want = 2
 				}
-				visited, deleted, err := d.sweepAt(now)
+				visited, deleted, err := d.SweepFlowsAt(now)
 				if err != nil || visited == 0 || deleted != want {
-					t.Errorf("%s: sweepAt() = %d visited, %d deleted, %v, want %d deleted", tt.name, visited, deleted, err, want)
+					t.Errorf("%s: SweepFlowsAt() = %d visited, %d deleted, %v, want %d deleted", tt.name, visited, deleted, err, want)
 				}
 				dropFlow(t, d, key)
 			}
@@ -87,8 +87,8 @@ func TestSweepOrphan(t *testing.T) {
 		{"established", direction{900, bpf.FlowTCPEstablished}, 0},
 	} {
 		key := putFlow(t, d, unix.IPPROTO_TCP, false, now, &tt.dir, nil)
-		if _, deleted, err := d.sweepAt(now); err != nil || deleted != tt.want {
-			t.Errorf("%s: sweepAt() deleted %d, %v, want %d", tt.name, deleted, err, tt.want)
+		if _, deleted, err := d.SweepFlowsAt(now); err != nil || deleted != tt.want {
+			t.Errorf("%s: SweepFlowsAt() deleted %d, %v, want %d", tt.name, deleted, err, tt.want)
 		}
 		dropFlow(t, d, key)
 	}
@@ -105,8 +105,8 @@ func TestSweepLeavesOtherFlow(t *testing.T) {
 	for k, seen := range map[bpf.FlowKey]uint32{direct: now, direct.Reverse(): now - 301} {
 		must(t, d.Maps.Flows.Put(&k, &bpf.Flow{LastSeen: seen, Xlate: k}))
 	}
-	if _, deleted, err := d.sweepAt(now); err != nil || deleted != 1 {
-		t.Errorf("sweepAt() deleted %d, %v, want 1", deleted, err)
+	if _, deleted, err := d.SweepFlowsAt(now); err != nil || deleted != 1 {
+		t.Errorf("SweepFlowsAt() deleted %d, %v, want 1", deleted, err)
 	}
 	var f bpf.Flow
 	for _, k := range []bpf.FlowKey{direct, direct.Reverse()} {

@@ -233,8 +233,9 @@ func seeded(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
-// Corner case A 13: fragments arrive in any order, twice, and overlapping, at pods, services and the node itself: each datagram once.
-func TestFragmentsInAnyOrder(t *testing.T) {
+// TestRow13_FragmentsInAnyOrder: fragments arrive in any order, twice, and overlapping, at pods, services and the node itself: each datagram
+// once.
+func TestRow13_FragmentsInAnyOrder(t *testing.T) {
 	t.Parallel()
 	n := nodetest.New(t)
 	a, b := n.AddPod("a"), n.AddPod("b")
@@ -267,8 +268,8 @@ func TestFragmentsInAnyOrder(t *testing.T) {
 	noFragmentDrops(t, n)
 }
 
-// Between nodes a fragment that had to wait has lost the outer header that says who sent it.
-func TestFragmentsInAnyOrderBetweenNodes(t *testing.T) {
+// TestRow13_FragmentsInAnyOrderBetweenNodes: a fragment that had to wait has lost the outer header that says who sent it.
+func TestRow13_FragmentsInAnyOrderBetweenNodes(t *testing.T) {
 	t.Parallel()
 	c := nodetest.NewCluster(t, 2, nodetest.ClusterOptions{})
 	n0, n1 := c.Nodes[0], c.Nodes[1]

@@ -150,9 +150,9 @@ func (h *hardened) wantNoDrops(t *testing.T) {
 	}
 }
 
-// TestForwardDropStrictRPFilter is row 24: neither a firewall on the node that forwards nothing nor strict reverse path filtering stops
-// pods, with conntrack at work and without.
-func TestForwardDropStrictRPFilter(t *testing.T) {
+// TestRow24_ForwardDropStrictRPFilter: neither a firewall on the node that forwards nothing nor strict reverse path filtering stops pods,
+// with conntrack at work and without.
+func TestRow24_ForwardDropStrictRPFilter(t *testing.T) {
 	t.Parallel()
 	for _, f := range []firewalltest.Firewall{firewalltest.WithoutConntrack, firewalltest.NFTables, firewalltest.IPTables} {
 		for _, mode := range clusterModes {

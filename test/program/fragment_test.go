@@ -125,7 +125,7 @@ func waiting(t *testing.T, f *progtest.Fixture) (frames [][]byte) {
 }
 
 // A fragment that comes before the first one of its datagram is kept, as it is, until the first has come, which goes its way as if nothing
-// had been. (That those which waited come in again, TestFragmentsInAnyOrder of test/dataplane sees.)
+// had been. (That those which waited come in again, TestRow13_FragmentsInAnyOrder of test/dataplane sees.)
 func TestFragmentWaitsForTheFirst(t *testing.T) {
 	t.Parallel()
 	f := progtest.New(t)

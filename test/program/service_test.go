@@ -98,8 +98,8 @@ func TestNodePort(t *testing.T) {
 	})
 }
 
-// A pod reaches itself: it sees the service address as its client, so that the answer comes back for translation.
-func TestHairpin(t *testing.T) {
+// TestRow19_Hairpin: a pod reaches itself and sees the service address as its client, so that the answer comes back for translation.
+func TestRow19_Hairpin(t *testing.T) {
 	t.Parallel()
 	f := progtest.New(t)
 	servicesOn(f, f.B)

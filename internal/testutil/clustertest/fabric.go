@@ -93,12 +93,17 @@ func (c *Cluster) configureRouter() {
 // AddClient adds an external client c<k>, on the network "outside".
 func (c *Cluster) AddClient() *Host {
 	c.t.Helper()
+	return c.AddClientOn(c.Network("outside"))
+}
+
+// AddClientOn adds an external client c<k> on any network. It meets its neighbours with the next AddNode or Readdress only.
+func (c *Cluster) AddClientOn(network *Network) *Host {
+	c.t.Helper()
 	c.clients++
 	h := c.newHost(fmt.Sprintf("c%d", c.clients))
-	outside := c.Network("outside")
-	h.Addrs = c.attach(h, outside, "eth0", 99+c.clients)
+	h.Addrs = c.attach(h, network, "eth0", 99+c.clients)
 	h.NS.Do(func() {
-		c.defaultRoutes(outside)
+		c.defaultRoutes(network)
 		if !c.options.ClientPodRoutes {
 			for _, p := range podRanges {
 				c.must(netlink.RouteAdd(&netlink.Route{Dst: ipNet(p), Type: unix.RTN_UNREACHABLE}))

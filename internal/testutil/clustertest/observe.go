@@ -3,6 +3,10 @@
 package clustertest
 
 import (
+	"time"
+
+	"golang.org/x/sys/unix"
+
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/flow"
@@ -56,6 +60,18 @@ func (c *Cluster) FlowEntries(n *Node) (entries int) {
 		})
 	})
 	return entries
+}
+
+// SweepAhead removes the flows from a node's table that its agent would remove by then, if no further packet came.
+func (c *Cluster) SweepAhead(n *Node, ahead time.Duration) {
+	c.t.Helper()
+	var now unix.Timespec
+	c.must(unix.ClockGettime(unix.CLOCK_MONOTONIC, &now))
+	d, err := datapath.Open(n.Config)
+	c.must(err)
+	defer d.Close()
+	_, _, err = d.SweepFlowsAt(uint32(now.Sec + int64(ahead/time.Second)))
+	c.must(err)
 }
 
 // withMaps opens a node's maps for as long as f runs.
