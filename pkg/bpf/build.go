@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "4ccece6f69854314c40d6bea"
+const build = "be5965737af822f4c40d6bea"

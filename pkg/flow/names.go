@@ -18,7 +18,7 @@ import (
 // name: {"17": "default/web:http"}. The agent writes them by rename; without them numbers are shown.
 const (
 	// ServicesFile names service ids: "namespace/name:port".
-	ServicesFile = "services.json"
+	ServicesFile = endpoint.ServicesFile
 	// RulesFile names rule ids: the policy and rule that the id stands for.
 	RulesFile = "rules.json"
 	// NodesFile names the other nodes by their index of the map nodes.
