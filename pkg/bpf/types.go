@@ -226,6 +226,11 @@ func NewServiceBackend(service uint32, ap netip.AddrPort) ServiceBackend {
 	return ServiceBackend{ServiceId: service, Addr: NewAddr(ap.Addr()), Port: Port16(ap.Port())}
 }
 
+// AddrPort returns where the backend listens.
+func (m dpServiceBackend) AddrPort() netip.AddrPort {
+	return netip.AddrPortFrom(m.Addr.Netip(), Port16(m.Port))
+}
+
 // BackendHash is the slot of a backend in its service's BackendByHash list; lib/lb.h computes the same. Never 0.
 func BackendHash(ap netip.AddrPort) uint32 {
 	b := addr.As16(ap.Addr())
