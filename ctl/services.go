@@ -140,9 +140,14 @@ func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]n
 	info := serviceInfo{
 		Balancing: string(balancing), AffinitySeconds: s.Affinity,
 		ID: s.Id, Name: names.Service(s.Id), Protocol: flow.ProtocolName(k.Proto), Frontend: frontend,
-		NodePort: frontend.Addr().IsUnspecified() && s.Flags&bpf.ServiceHostPort == 0, Backends: []backendInfo{}, Flags: bpf.ServiceFlagNames(s.Flags &^ bpf.ServiceDSR),
+		NodePort: frontend.Addr().IsUnspecified() && s.Flags&bpf.ServiceHostPort == 0, Backends: []backendInfo{},
 		Return: string(state.ReturnTunnel),
 	}
+	hidden := bpf.ServiceDSR
+	if s.Flags&bpf.ServiceHostPort != 0 {
+		hidden |= bpf.ServiceExternalLocal // no traffic policy: a hostPort is of one node
+	}
+	info.Flags = bpf.ServiceFlagNames(s.Flags &^ hidden)
 	if s.Flags&bpf.ServiceDSR != 0 {
 		info.Return = string(state.ReturnDSR)
 	}

@@ -91,7 +91,8 @@ func TestM3_HostPort(t *testing.T) {
 		m.silent(m.client, netip.AddrPortFrom(a, 8055))
 	}
 	out, err := exec.Command(filepath.Join(bin, "margayctl"), "services", "--bpffs", m.config.BPFFS, "--run", m.config.Run).CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "shop/web:hostPort-8053") || !strings.Contains(string(out), "shop/one:hostPort-8054") {
+	if err != nil || !strings.Contains(string(out), "shop/web:hostPort-8053") || !strings.Contains(string(out), "shop/one:hostPort-8054") ||
+		!strings.Contains(string(out), "host_port") || strings.Contains(string(out), "external_local") {
 		t.Errorf("margayctl services = %s, %v, want both hostPorts by their pods' names", out, err)
 	}
 

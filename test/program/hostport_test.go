@@ -40,7 +40,7 @@ func TestM3_HostPortAtEveryAddress(t *testing.T) {
 		addHostPort(t, f, at(unspecified[i], hostPortNumber), at(f.B.Addr(i == 1), podPort))
 	}
 	families(t, f, func(t *testing.T, v6 bool) {
-		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
+		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP, pkt.SCTP} {
 			for _, a := range []netip.Addr{of(nodetest.NodeAddrs, v6), of(secondAddrs, v6)} {
 				f.ClearFlows(t)
 				name := kind.String() + " to " + a.String()
