@@ -3,14 +3,17 @@
 package agent
 
 import (
+	"errors"
 	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -235,4 +238,36 @@ func TestM3_HostPortAndNodePortOfOneNumber(t *testing.T) {
 			t.Errorf("frontends (-want +got):\n%s", diff)
 		}
 	})
+}
+
+// The kernel's table never replaces what the plugin has made, not even when the mirror does not know of it yet.
+func TestM3_HostPortIsNotOverwrittenInTheKernel(t *testing.T) {
+	privileged.Require(t)
+	specs, err := bpf.MapSpecs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := ebpf.NewMap(specs["services"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	table := KernelTables(&datapath.Maps{Services: m}).Services
+	k := bpf.NewFrontendKey(6, netip.IPv6Unspecified(), 30080)
+	theirs := datapath.HostPort{ID: bpf.HostPortFirst, Frontend: k}.Service()
+	if err := m.Update(&k, &theirs, ebpf.UpdateAny); err != nil {
+		t.Fatal(err)
+	}
+	var got bpf.Service
+	if err := table.Put(k, bpf.Service{Id: 1}); !errors.Is(err, ErrChanged) || m.Lookup(&k, &got) != nil || got != theirs {
+		t.Errorf("Put over a hostPort = %v, entry = %+v, want ErrChanged and the hostPort's", err, got)
+	}
+	if err := m.Delete(&k); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []uint32{1, 2} { // made, then changed
+		if err := table.Put(k, bpf.Service{Id: id}); err != nil || m.Lookup(&k, &got) != nil || got.Id != id {
+			t.Errorf("Put = %v, entry = %+v, want id %d", err, got, id)
+		}
+	}
 }
