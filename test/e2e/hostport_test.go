@@ -3,11 +3,13 @@
 package e2e
 
 import (
+	"net"
 	"net/netip"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 
@@ -115,6 +117,40 @@ func TestM3_HostPort(t *testing.T) {
 	m.startPodWithPorts("next", both("", 8053))
 	for i, a := range nodetest.NodeAddrs {
 		m.answers(m.client, netip.AddrPortFrom(a, 8053), "next", nodetest.ClientAddrs[i])
+	}
+}
+
+// Contract rows M3 and V17: the node's own processes reach hostPorts, at its addresses and at the loopback ones, also from a source that is not
+// a loopback address. A hostPort on a loopback address is for nobody else.
+func TestM3_HostPortFromTheNode(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t)
+	m.startAgent()
+	m.startPodWithPorts("web", both("", 8053))
+	m.startPodWithPorts("own", append(both("127.0.0.1", 8054), both("::1", 8054)...))
+	other := m.startPod("other")
+	for i, loopback := range []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("::1")} {
+		for pod, to := range map[string]netip.AddrPort{
+			"web": netip.AddrPortFrom(nodetest.NodeAddrs[i], 8053), "web ": netip.AddrPortFrom(loopback, 8053), "own": netip.AddrPortFrom(loopback, 8054),
+		} {
+			for _, network := range []string{"tcp", "udp"} {
+				m.eventually("the node reaches "+network+" "+to.String(), func() bool {
+					got, err := nodetest.Ask(t, m.node, network, to)
+					return err == nil && strings.HasPrefix(got, strings.TrimSpace(pod)+" ")
+				})
+			}
+		}
+		m.node.Do(func() {
+			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: nodetest.NodeAddrs[i].AsSlice()}, Timeout: 5 * time.Second}
+			c, err := d.DialContext(t.Context(), "tcp", netip.AddrPortFrom(loopback, 8054).String())
+			if err != nil {
+				t.Errorf("from %s to %s: %v, want a connection", nodetest.NodeAddrs[i], loopback, err)
+				return
+			}
+			m.must(c.Close())
+		})
+		m.silent(m.client, netip.AddrPortFrom(nodetest.NodeAddrs[i], 8054))
+		m.silent(other.ns, netip.AddrPortFrom(nodetest.NodeAddrs[i], 8054))
 	}
 }
 
