@@ -162,6 +162,7 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		Tables:            agent.KernelTables(&d.Maps),
 		MaxEntries:        agent.MapSizes(&d.Maps),
 		Epochs:            d,
+		HostPorts:         d,
 		Attach:            d,
 		Sweep:             d,
 		Devices:           devices,

@@ -98,7 +98,7 @@ struct {
 	__type(value, __u64);
 } reserved_ports SEC(".maps");
 
-/* Frontend → service. Written and deleted by the agent. */
+/* Frontend → service. Written and deleted by the agent; those with SERVICE_HOST_PORT by the plugin, also in the two maps that follow. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);

@@ -29,6 +29,7 @@ const enum overlay_vni *unused_overlay_vni SEC("unused");
 const enum backend_list *unused_backend_list SEC("unused");
 const enum service_backend_flags *unused_service_backend_flags SEC("unused");
 const enum service_addr *unused_service_addr SEC("unused");
+const enum host_port_numbers *unused_host_port_numbers SEC("unused");
 const enum event_type *unused_event_type SEC("unused");
 const struct event *unused_event SEC("unused");
 const struct sweep *unused_sweep SEC("unused");

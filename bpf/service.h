@@ -5,7 +5,7 @@
 
 /*
  * Where a service is reached. NodePort: addr is the family's unspecified address (::ffff:0.0.0.0 or ::) and the packet's
- * destination must be NODE_ADDR_NODEPORT.
+ * destination must be NODE_ADDR_NODEPORT. With SERVICE_HOST_PORT that address stands for all of this node's.
  */
 struct frontend_key {
 	struct addr addr;
@@ -37,6 +37,7 @@ enum service_flags {
 	SERVICE_DSR = 8, /* the pod's node answers clients outside itself */
 	SERVICE_INTERNAL_LOCAL = 16, /* internal traffic policy Local */
 	SERVICE_SOURCE_RANGES = 32, /* only for sources in source_ranges */
+	SERVICE_HOST_PORT = 64, /* a pod's hostPort: at this node's addresses, whether they have NodePorts or not */
 };
 
 struct backend_key {
@@ -51,6 +52,15 @@ struct backend_key {
  */
 enum backend_list {
 	BACKEND_BY_HASH = 0x80000000,
+};
+
+/*
+ * Service ids from HOST_PORT_FIRST on are those of hostPorts, one for each frontend; list HOST_PORT_LIST + id has the one backend. The plugin
+ * takes an id by making that list, and gives it back by deleting it last.
+ */
+enum host_port_numbers {
+	HOST_PORT_FIRST = 57344, /* to the end of service_epochs */
+	HOST_PORT_LIST = 0x7fff0000,
 };
 
 struct backend {

@@ -75,7 +75,7 @@ func loadConflist(t *testing.T, content []byte) {
 		t.Errorf("CNI version = %s, want %s: with less a runtime sends neither STATUS nor GC", got, want)
 	}
 	for _, p := range list.Plugins {
-		for _, capability := range []string{"ips", "mac", "io.kubernetes.cri.pod-annotations"} {
+		for _, capability := range []string{"ips", "mac", "portMappings", "io.kubernetes.cri.pod-annotations"} {
 			if p.Network.Type == "margay" && !p.Network.Capabilities[capability] {
 				t.Errorf("plugin %s does not declare capability %s: the runtime would not pass it", p.Network.Type, capability)
 			}

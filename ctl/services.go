@@ -36,7 +36,8 @@ type serviceInfo struct {
 	Name     string         `json:"name,omitempty"`
 	Protocol string         `json:"protocol"`
 	Frontend netip.AddrPort `json:"frontend"`
-	// NodePort: the frontend's address is the unspecified one and stands for every NodePort address of the family.
+	// NodePort: the frontend's address is the unspecified one and stands for every NodePort address of the family. That of a hostPort (flag
+	// host_port) stands for every address of the node.
 	NodePort bool          `json:"nodePort"`
 	Backends []backendInfo `json:"backends"`
 	// Missing backends are counted by the service, but not in their list.
@@ -139,9 +140,14 @@ func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]n
 	info := serviceInfo{
 		Balancing: string(balancing), AffinitySeconds: s.Affinity,
 		ID: s.Id, Name: names.Service(s.Id), Protocol: flow.ProtocolName(k.Proto), Frontend: frontend,
-		NodePort: frontend.Addr().IsUnspecified(), Backends: []backendInfo{}, Flags: bpf.ServiceFlagNames(s.Flags &^ bpf.ServiceDSR),
+		NodePort: frontend.Addr().IsUnspecified() && s.Flags&bpf.ServiceHostPort == 0, Backends: []backendInfo{},
 		Return: string(state.ReturnTunnel),
 	}
+	hidden := bpf.ServiceDSR
+	if s.Flags&bpf.ServiceHostPort != 0 {
+		hidden |= bpf.ServiceExternalLocal // no traffic policy: a hostPort is of one node
+	}
+	info.Flags = bpf.ServiceFlagNames(s.Flags &^ hidden)
 	if s.Flags&bpf.ServiceDSR != 0 {
 		info.Return = string(state.ReturnDSR)
 	}

@@ -29,12 +29,21 @@ static __always_inline int has_nodeports(__u32 addr_flags, __u32 hook)
 	return hook == HOOK_FROM_OVERLAY || (hook == HOOK_FROM_POD && (addr_flags & NODE_ADDR_NODEPORT));
 }
 
-/* The loopback addresses, which are not in node_addrs because nobody but the node itself may ask there (contract row V7). */
+/*
+ * The loopback addresses, which are not in node_addrs because nobody but the node itself may ask there: hostPorts are served on them, NodePorts
+ * where that is switched on (contract row V7).
+ */
 static __always_inline __u32 localhost_flags(const struct addr *a)
 {
 	__u32 flag = addr_is_v4(a) ? NODE_LOCALHOST_IPV4 : NODE_LOCALHOST_IPV6;
 
-	return node_flags() & flag ? NODE_ADDR_LOCAL | NODE_ADDR_NODEPORT : 0;
+	return NODE_ADDR_LOCAL | (node_flags() & flag ? NODE_ADDR_NODEPORT : 0);
+}
+
+/* What a pod or a machine outside sends to a loopback address must not reach a hostPort there. */
+static __always_inline int comes_from_elsewhere(__u32 hook)
+{
+	return hook == HOOK_FROM_POD || hook == HOOK_FROM_NETDEV || hook == HOOK_FROM_OVERLAY;
 }
 
 static __always_inline struct service *service_find(const struct flow_key *key, __u32 hook)
@@ -42,8 +51,11 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 	struct frontend_key fk = {.addr = key->dst, .port = key->dport, .proto = key->proto};
 	struct service *s;
 	__u32 flags;
+	int nodeports;
 
 	if (key->proto == IPPROTO_ICMP || key->proto == IPPROTO_ICMPV6)
+		return NULL;
+	if (addr_is_loopback(&key->dst) && comes_from_elsewhere(hook))
 		return NULL;
 	s = bpf_map_lookup_elem(&services, &fk);
 	if (s)
@@ -52,9 +64,10 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 		flags = localhost_flags(&key->dst);
 	else
 		flags = node_addr_flags_of(&key->dst);
-	if (!has_nodeports(flags, hook))
+	nodeports = has_nodeports(flags, hook);
+	if (!nodeports && !(flags & NODE_ADDR_LOCAL))
 		return NULL;
-	/* NodePort: one entry for all addresses of the family. */
+	/* NodePort or hostPort: one entry for all addresses of the family. */
 	if (addr_is_v4(&key->dst)) {
 		fk.addr.w[3] = 0;
 	} else {
@@ -64,6 +77,8 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 		fk.addr.w[3] = 0;
 	}
 	s = bpf_map_lookup_elem(&services, &fk);
+	if (s && !nodeports && !(s->flags & SERVICE_HOST_PORT))
+		return NULL;
 	/* A pod's question to another node is answered here, unless that node wants its own backends to be used. */
 	if (s && hook == HOOK_FROM_POD && (flags & NODE_ADDR_REMOTE) && (s->flags & SERVICE_EXTERNAL_LOCAL))
 		return NULL;

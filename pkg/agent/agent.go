@@ -63,11 +63,12 @@ type Config struct {
 	ServiceCIDRs []netip.Prefix
 	// NodePortAddresses are the addresses that NodePorts are served on.
 	NodePortAddresses NodePortAddresses
-	// Tables, Epochs, Attach and Sweep are the kernel.
-	Tables Tables
-	Epochs Epochs
-	Attach Attacher
-	Sweep  Sweeper
+	// Tables, Epochs, HostPorts, Attach and Sweep are the kernel.
+	Tables    Tables
+	Epochs    Epochs
+	HostPorts HostPorts
+	Attach    Attacher
+	Sweep     Sweeper
 	// MaxEntries gives a map's size by name, for the status; may be nil.
 	MaxEntries map[string]uint32
 	// Devices are name patterns (path.Match) of the node's devices; empty: found by addresses and routes.

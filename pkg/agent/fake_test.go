@@ -228,7 +228,7 @@ var testEpoch = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 func newRig(t testing.TB, k *fakeKernel, run string) *rig {
 	t.Helper()
 	cfg := Config{
-		Node: "n1", Run: run, SelectorSlices: true, Tables: k.tables(), Epochs: k, Resync: time.Hour,
+		Node: "n1", Run: run, SelectorSlices: true, Tables: k.tables(), Epochs: k, HostPorts: k, Resync: time.Hour,
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Reach: Reach{Masquerade: true},
 	}
 	if err := cfg.Reach.validate(); err != nil {

@@ -77,8 +77,8 @@ func TestBackendsAreFoundByTheirHash(t *testing.T) {
 }
 
 func TestListNumbersLeaveRoomForListsByHash(t *testing.T) {
-	if service.MaxList+1 != bpf.BackendByHash || service.MaxServiceID >= bpf.BackendByHash {
-		t.Errorf("lists end at %#x and service ids at %#x, want both below BACKEND_BY_HASH = %#x",
+	if service.MaxList+1 != bpf.HostPortList || bpf.HostPortList+bpf.HostPortLast >= bpf.BackendByHash || service.MaxServiceID+1 != bpf.HostPortFirst {
+		t.Errorf("lists end at %#x and service ids at %#x, want hostPorts' numbers above them, all below BACKEND_BY_HASH = %#x",
 			service.MaxList, service.MaxServiceID, bpf.BackendByHash)
 	}
 }

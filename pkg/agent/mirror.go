@@ -31,6 +31,9 @@ type mirror[K, V comparable] struct {
 	log   *slog.Logger
 	// have is nil until the first load.
 	have map[K]V
+	// pods tells the entries that are the plugin's and no business of the mirror; nil: none are. Those of the last load are in others.
+	pods   func(K, V) bool
+	others map[K]V
 
 	writes  uint64
 	failed  int
@@ -50,7 +53,17 @@ func (m *mirror[K, V]) load() error {
 		m.fail(err)
 		return err
 	}
-	m.have = have
+	m.have, m.others = have, nil
+	if m.pods == nil {
+		return nil
+	}
+	m.others = map[K]V{}
+	for k, v := range have {
+		if m.pods(k, v) {
+			m.others[k] = v
+			delete(have, k)
+		}
+	}
 	return nil
 }
 
@@ -60,12 +73,16 @@ func (m *mirror[K, V]) holds(k K, v V) bool {
 	return ok && have == v
 }
 
-// put makes k's entry v and reports whether the kernel holds it now.
+// put makes k's entry v and reports whether the kernel holds it now. One that the plugin has made meanwhile stays, and is no fault.
 func (m *mirror[K, V]) put(k K, v V) bool {
 	if m.holds(k, v) {
 		return true
 	}
-	return m.wrote(k, v, m.table.Put(k, v))
+	err := m.table.Put(k, v)
+	if errors.Is(err, ErrChanged) {
+		return false
+	}
+	return m.wrote(k, v, err)
 }
 
 // replace makes k's entry, which exists, v. An entry that somebody else changed meanwhile is no fault, but the result is false.
@@ -173,5 +190,5 @@ func (m *mirror[K, V]) fault(now time.Time) *Fault {
 
 // tableStatus is what the status shows of one table.
 func (m *mirror[K, V]) status() MapStatus {
-	return MapStatus{Map: m.name, Entries: len(m.have), Writes: m.writes}
+	return MapStatus{Map: m.name, Entries: len(m.have) + len(m.others), Writes: m.writes}
 }

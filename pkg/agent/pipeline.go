@@ -72,7 +72,7 @@ func (m *mirrors) all() []condition {
 }
 
 func newMirrors(t Tables, log *slog.Logger) mirrors {
-	return mirrors{
+	m := mirrors{
 		policy:    newMirror("policy", t.Policy, log),
 		ipcache:   newMirror("ipcache", t.IPCache, log),
 		endpoints: newMirror("endpoints", t.Endpoints, log),
@@ -90,6 +90,8 @@ func newMirrors(t Tables, log *slog.Logger) mirrors {
 		ranges:    newMirror("source_ranges", t.SourceRanges, log),
 		addrs:     newMirror("service_addrs", t.ServiceAddrs, log),
 	}
+	m.leaveHostPorts()
+	return m
 }
 
 // pipeline turns inputs into map content. All of it belongs to the goroutine that runs it; only the mailboxes and publish cross over.
@@ -99,6 +101,7 @@ type pipeline struct {
 	log    *slog.Logger
 	store  *endpoint.Store
 	epochs Epochs
+	ports  HostPorts
 	host   host
 	now    func() time.Time
 	// incomplete names what the source cannot read yet; while there is any, nothing that a predecessor wrote is taken back.
@@ -143,6 +146,7 @@ type pipeline struct {
 	wantPolicy    policyMaps
 	wantService   serviceMaps
 	wantEndpoints map[netip.Addr]wantedEndpoint
+	wantHostPorts map[bpf.FrontendKey]wantedHostPort
 
 	// What the kernel holds, and what of it is not settled.
 	m      mirrors
@@ -187,6 +191,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		log:          cfg.Log,
 		store:        endpoint.NewStore(cfg.Run),
 		epochs:       cfg.Epochs,
+		ports:        cfg.HostPorts,
 		host:         systemHost{},
 		now:          time.Now,
 		incomplete:   incomplete,
@@ -341,6 +346,7 @@ func (p *pipeline) applySource() {
 	p.applyPolicy(hold)
 	p.applyReserved(hold) // before a NodePort can be used
 	p.applyServices(hold)
+	p.applyHostPorts(hold)
 	if noted || !p.raise.empty() {
 		p.saveNumbers()
 	}
@@ -366,6 +372,7 @@ func (p *pipeline) compile() {
 	}
 	p.serviceResult = p.services.Compile(s)
 	p.wantService = newServiceMaps(p.serviceResult, p.serviceCIDRs...)
+	p.wantHostPorts = wantedHostPorts(p.records)
 	var err error
 	if p.wantEndpoints, err = wantedEndpoints(p.local, p.policyResult); err != nil {
 		p.log.Error("a record is of no use", "err", err)

@@ -30,7 +30,7 @@ func bits(ranges []portRange) map[uint32]uint64 {
 	return out
 }
 
-// applyReserved writes the ports that masquerade must not take: the kernel's list, every NodePort, and the overlay's own port, because what
+// applyReserved writes the ports that masquerade must not take: the kernel's list, every NodePort and hostPort, and the overlay's own port, because what
 // comes to that one from outside is the kernel's. With hold no port is taken off.
 func (p *pipeline) applyReserved(hold bool) {
 	if p.round.Whole || p.sysctlPorts == nil {
@@ -49,6 +49,9 @@ func (p *pipeline) applyReserved(hold bool) {
 				ranges = append(ranges, portRange{port.NodePort, port.NodePort})
 			}
 		}
+	}
+	for _, hp := range p.wantHostPorts {
+		ranges = append(ranges, portRange{hp.Host.Port(), hp.Host.Port()})
 	}
 	want := bits(ranges)
 	if hold {

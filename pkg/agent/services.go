@@ -40,7 +40,7 @@ func (p *pipeline) applyServices(hold bool) {
 		p.m.ranges.put(k, v)
 	}
 	for k, v := range want.services {
-		if p.m.services.holds(k, v) || !p.backed(v) || !tabled(v, unfinished) || (hold && p.empties(k, v)) {
+		if p.m.services.holds(k, v) || p.yields(k) || !p.backed(v) || !tabled(v, unfinished) || (hold && p.empties(k, v)) {
 			continue
 		}
 		p.m.services.put(k, v)

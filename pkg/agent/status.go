@@ -25,7 +25,8 @@ type Round struct {
 	Held bool `json:"held"`
 	// Raised are the epochs raised.
 	Raised Raised `json:"raised"`
-	// Rebuilt, Leaks and Collected count repairs: endpoints rebuilt from records, endpoints removed, records removed.
+	// Rebuilt, Leaks and Collected count repairs: endpoints and hostPorts rebuilt from records, endpoints and hostPorts removed, records
+	// removed.
 	Rebuilt   int `json:"rebuilt"`
 	Leaks     int `json:"leaks"`
 	Collected int `json:"collected"`
@@ -139,6 +140,7 @@ func (p *pipeline) describe() {
 		for _, problem := range p.serviceResult.Problems {
 			r.Problems = append(r.Problems, "Service "+problem.Service.String()+": "+problem.Message)
 		}
+		r.Problems = append(r.Problems, p.hostPortProblems()...)
 		r.Counts.Frontends = len(p.serviceResult.Frontends)
 	}
 	if p.facts != nil {

@@ -175,6 +175,28 @@ func (t arrayTable[V]) Delete(k uint32, _ V) error {
 	return t.Put(k, zero)
 }
 
+// serviceTable is the Table of frontends. The plugin makes some as well, for hostPorts: they are never replaced.
+type serviceTable struct {
+	kernelTable[bpf.FrontendKey, bpf.Service]
+}
+
+// Put creates or replaces an entry; one that the plugin has made stays (ErrChanged). The plugin never replaces an entry, so none can become
+// the plugin's between two of the steps.
+func (t serviceTable) Put(k bpf.FrontendKey, v bpf.Service) error {
+	err := t.m.Update(&k, &v, ebpf.UpdateNoExist)
+	if !errors.Is(err, ebpf.ErrKeyExist) {
+		return classify(err)
+	}
+	var have bpf.Service
+	if err := t.m.Lookup(&k, &have); err != nil {
+		return classify(err)
+	}
+	if datapath.IsHostPort(have.Id) {
+		return fmt.Errorf("%w: a hostPort has it", ErrChanged)
+	}
+	return classify(t.m.Update(&k, &v, ebpf.UpdateExist))
+}
+
 func newArrayTable[V comparable](m *ebpf.Map) Table[uint32, V] {
 	return arrayTable[V]{kernelTable[uint32, V]{m: m}}
 }
@@ -186,7 +208,7 @@ func KernelTables(m *datapath.Maps) Tables {
 		IPCache:         kernelTable[bpf.IPCacheKey, bpf.IPCacheEntry]{m: m.IPCache},
 		Endpoints:       kernelTable[bpf.Addr, bpf.Endpoint]{m: m.Endpoints, shared: true},
 		Pending:         kernelTable[bpf.PendingKey, bpf.Pending]{m: m.Pending},
-		Services:        kernelTable[bpf.FrontendKey, bpf.Service]{m: m.Services},
+		Services:        serviceTable{kernelTable[bpf.FrontendKey, bpf.Service]{m: m.Services}},
 		Backends:        kernelTable[bpf.BackendKey, bpf.Backend]{m: m.Backends},
 		ServiceBackends: kernelTable[bpf.ServiceBackend, uint32]{m: m.ServiceBackends},
 		NodeAddrs:       kernelTable[bpf.Addr, uint32]{m: m.NodeAddrs},

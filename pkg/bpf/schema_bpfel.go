@@ -309,6 +309,13 @@ const (
 	dpHookHOOK_TO_LOOPBACK  dpHook = 8
 )
 
+type dpHostPortNumbers uint32
+
+const (
+	dpHostPortNumbersHOST_PORT_FIRST dpHostPortNumbers = 57344
+	dpHostPortNumbersHOST_PORT_LIST  dpHostPortNumbers = 2147418112
+)
+
 type dpIdentity uint32
 
 const (
@@ -549,6 +556,7 @@ const (
 	dpServiceFlagsSERVICE_DSR            dpServiceFlags = 8
 	dpServiceFlagsSERVICE_INTERNAL_LOCAL dpServiceFlags = 16
 	dpServiceFlagsSERVICE_SOURCE_RANGES  dpServiceFlags = 32
+	dpServiceFlagsSERVICE_HOST_PORT      dpServiceFlags = 64
 )
 
 type dpServiceScope uint32

@@ -91,6 +91,11 @@ const (
 
 	BackendByHash = uint32(dpBackendListBACKEND_BY_HASH)
 
+	// HostPortFirst to HostPortLast are the service ids of hostPorts, and HostPortList + id their lists: the plugin's, never the agent's.
+	HostPortFirst = uint32(dpHostPortNumbersHOST_PORT_FIRST)
+	HostPortLast  = uint32(65535)
+	HostPortList  = uint32(dpHostPortNumbersHOST_PORT_LIST)
+
 	EpochSlotOutside = uint32(dpEpochSlotsEPOCH_SLOT_OUTSIDE)
 	EpochSlotRoutes  = uint32(dpEpochSlotsEPOCH_SLOT_ROUTES)
 
@@ -106,6 +111,7 @@ const (
 	ServiceDropInternal  = uint32(dpServiceFlagsSERVICE_DROP_INTERNAL)
 	ServiceExternalLocal = uint32(dpServiceFlagsSERVICE_EXTERNAL_LOCAL)
 	ServiceDSR           = uint32(dpServiceFlagsSERVICE_DSR)
+	ServiceHostPort      = uint32(dpServiceFlagsSERVICE_HOST_PORT)
 	ServiceInternalLocal = uint32(dpServiceFlagsSERVICE_INTERNAL_LOCAL)
 	ServiceSourceRanges  = uint32(dpServiceFlagsSERVICE_SOURCE_RANGES)
 
@@ -219,6 +225,11 @@ func (b dpBackend) AddrPort() netip.AddrPort {
 // NewServiceBackend returns the member of the set of backends that still serve.
 func NewServiceBackend(service uint32, ap netip.AddrPort) ServiceBackend {
 	return ServiceBackend{ServiceId: service, Addr: NewAddr(ap.Addr()), Port: Port16(ap.Port())}
+}
+
+// AddrPort returns where the backend listens.
+func (m dpServiceBackend) AddrPort() netip.AddrPort {
+	return netip.AddrPortFrom(m.Addr.Netip(), Port16(m.Port))
 }
 
 // BackendHash is the slot of a backend in its service's BackendByHash list; lib/lb.h computes the same. Never 0.

@@ -81,6 +81,7 @@ func (p *Plugin) Add(ctx context.Context, args *skel.CmdArgs) (err error) {
 		{"make interface", a.makeInterface},
 		{"attach programs", a.attachPrograms},
 		{"register endpoint", a.registerEndpoint},
+		{"register host ports", a.registerHostPorts},
 		{"configure host", a.configureHost},
 		{"configure pod", a.configurePod},
 		{"print result", a.printResult},
@@ -93,6 +94,7 @@ func (p *Plugin) Add(ctx context.Context, args *skel.CmdArgs) (err error) {
 			{"adopt interface", a.adoptInterface},
 			{"attach programs", a.attachPrograms},
 			{"register endpoint", a.registerEndpoint},
+			{"register host ports", a.registerHostPorts},
 			{"print result", a.printResult},
 		}
 	}

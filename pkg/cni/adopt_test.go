@@ -18,6 +18,7 @@ import (
 )
 
 var adoptSteps = []string{"open namespaces", "ensure datapath", "read policy", "adopt interface", "attach programs", "register endpoint",
+	"register host ports",
 	"print result"}
 
 // adopted makes what an earlier plugin of the list would have made, and returns the arguments of an ADD that finds it.

@@ -95,7 +95,7 @@ func (i *inspection) compare() error {
 	if err := i.findDevices(); err != nil {
 		return err
 	}
-	faults := []error{i.comparePrevResult(), i.compareEndpoints()}
+	faults := []error{i.comparePrevResult(), i.compareEndpoints(), i.compareHostPorts()}
 	if err := i.datapath.PodAttached(i.hostIf.Index); err != nil {
 		faults = append(faults, fmt.Errorf("programs of %s: %w", i.hostIf.Name, err))
 	}

@@ -137,19 +137,29 @@ func (r *removal) removeInterface() error {
 
 // removeEntries deletes the endpoint's map entries if they still belong to the device: the address may be another pod's by now.
 func (r *removal) removeEntries(ifindex int) error {
-	if r.datapath == nil || ifindex == 0 {
+	if r.datapath == nil {
 		return nil
 	}
-	var addresses []netip.Addr
+	fault := r.removeHostPorts()
+	if ifindex == 0 {
+		return fault
+	}
+	if err := deleteEndpoints(r.datapath, r.addresses(), ifindex); err != nil {
+		return errors.Join(fault, fail(codeRegister, err, "delete the endpoint's map entries"))
+	}
+	return fault
+}
+
+// addresses are the pod's; without a record those of prevResult.
+func (r *removal) addresses() []netip.Addr {
 	if r.record != nil {
-		addresses = r.record.Addresses
-	} else if prev, err := r.conf.prevResult(); err == nil && prev != nil {
-		addresses = interfaceAddresses(prev, r.args.IfName, r.args.Netns)
+		return r.record.Addresses
 	}
-	if err := deleteEndpoints(r.datapath, addresses, ifindex); err != nil {
-		return fail(codeRegister, err, "delete the endpoint's map entries")
+	prev, err := r.conf.prevResult()
+	if err != nil || prev == nil {
+		return nil
 	}
-	return nil
+	return interfaceAddresses(prev, r.args.IfName, r.args.Netns)
 }
 
 // detachAdopted leaves the interface to the plugin that made it. Without a record it is found through the pod's namespace, if that is

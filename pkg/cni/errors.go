@@ -22,6 +22,7 @@ const (
 	codeAdopt         = 106 // the earlier plugin's interface cannot be adopted
 	codeIPAM          = 107 // the IPAM plugin failed without a code, or its result is unusable
 	codeCheckMismatch = 108 // CHECK: something that ADD did is no longer so
+	codeHostPort      = 109 // a hostPort could not be registered
 )
 
 // fail makes a CNI error: what was being done and how to cure it as msg, the whole chain of causes as details. A cause that already is a

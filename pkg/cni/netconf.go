@@ -67,8 +67,7 @@ type runtimeConfig struct {
 	// IPs are requested addresses; the IPAM plugin reads them.
 	IPs []string `json:"ips,omitempty"`
 	MAC string   `json:"mac,omitempty"`
-	// PortMappings are accepted, so that a list whose portmap plugin declares the capability can name it here too. Margay itself
-	// does not serve host ports yet.
+	// PortMappings are the pod's hostPorts; portMappings reads them. What is wrong in them must not keep DEL from working.
 	PortMappings json.RawMessage `json:"portMappings,omitempty"`
 	// Bandwidth is refused: a limit that nobody enforces must not look as if it were.
 	Bandwidth json.RawMessage `json:"bandwidth,omitempty"`
@@ -152,6 +151,9 @@ func (c *NetConf) validate() error {
 		}
 	}
 	faults = append(faults, checkIPs("runtimeConfig.ips", c.RuntimeConfig.IPs), checkIPs("args.cni.ips", c.Args.CNI.IPs), c.checkLabels())
+	if _, err := c.portMappings(); err != nil {
+		faults = append(faults, err)
+	}
 	check(!strings.ContainsAny(c.IPAM.Type, "/\x00"), "ipam.type: %q is no plugin name", c.IPAM.Type)
 	if err := errors.Join(faults...); err != nil {
 		return types.NewError(types.ErrInvalidNetworkConfig, "the network configuration is invalid: "+strings.ReplaceAll(err.Error(), "\n", "; "), "")

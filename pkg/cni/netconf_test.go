@@ -35,7 +35,7 @@ func TestNetConfValidation(t *testing.T) {
 	}{
 		"everything":              {`{"mtu":1400,"mac":"02:00:00:00:00:01","policyPending":"wait","policyWait":5,"bpffs":"/b","runDir":"/r","logFile":"/l","logLevel":"debug"}`, 0, nil},
 		"unknown keys are others": {`{"com.example/x":1,"runtimeConfig":{"dns":{}},"args":{"com.example":1}}`, 0, nil},
-		"capabilities": {`{"runtimeConfig":{"ips":["10.0.0.5/24","fd00::5"],"mac":"02:00:00:00:00:01","portMappings":[{"hostPort":80}],
+		"capabilities": {`{"runtimeConfig":{"ips":["10.0.0.5/24","fd00::5"],"mac":"02:00:00:00:00:01","portMappings":[{"hostPort":80,"containerPort":8080}],
 			"io.kubernetes.cri.pod-annotations":{"a":"b"}}}`, 0, nil},
 		"labels": {`{"args":{"cni":{"labels":[{"key":"app","value":"web"}],"ips":["10.0.0.5"]}}}`, 0, nil},
 		"all faults at once": {`{"mtu":10,"mac":"x","policyPending":"maybe","policyWait":-1,"bpffs":"b","runDir":"r","logFile":"l","logLevel":"loud",

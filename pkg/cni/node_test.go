@@ -42,9 +42,12 @@ type fakePlane struct {
 	entries   map[netip.Addr]bpf.Endpoint
 	pending   map[bpf.PendingKey]bpf.Pending
 	attached  map[int]bool
-	absent    bool           // nothing is pinned
-	onPut     func(int)      // called with the number of the put, before it
-	onPending func(call int) // called with the number of the look-up, before it
+	ports     map[bpf.FrontendKey]bpf.Service
+	targets   map[uint32]netip.AddrPort // of hostPorts, by id
+	absent    bool                      // nothing is pinned
+	onPut     func(int)                 // called with the number of the put, before it
+	onPort    func(half bool)           // called before a hostPort is made, and half-way
+	onPending func(call int)            // called with the number of the look-up, before it
 	puts      int
 	lookups   int
 	faults    map[string]error // by method
@@ -52,7 +55,7 @@ type fakePlane struct {
 
 func newFakePlane() *fakePlane {
 	return &fakePlane{entries: map[netip.Addr]bpf.Endpoint{}, pending: map[bpf.PendingKey]bpf.Pending{}, attached: map[int]bool{},
-		faults: map[string]error{}}
+		ports: map[bpf.FrontendKey]bpf.Service{}, targets: map[uint32]netip.AddrPort{}, faults: map[string]error{}}
 }
 
 func (f *fakePlane) AttachPod(ifindex int) error {
@@ -332,6 +335,12 @@ func (n *node) state() []string {
 		}
 		for a := range n.plane.entries {
 			note("endpoint %s", a)
+		}
+		for f, s := range n.plane.ports {
+			note("frontend %s %d", netip.AddrPortFrom(f.Addr.Netip(), bpf.Port16(f.Port)), s.Id)
+		}
+		for id, to := range n.plane.targets {
+			note("hostPort %d to %s", id, to)
 		}
 		n.plane.mu.Unlock()
 		for _, a := range n.pinnedEndpoints() {

@@ -49,11 +49,22 @@ type pendings interface {
 	LookupPending(k bpf.PendingKey) (bpf.Pending, bool, error)
 }
 
+// hostPorts are the frontends that lead to single pods.
+type hostPorts interface {
+	FreeHostPortID(f bpf.FrontendKey, skip ...uint32) (uint32, error)
+	PutHostPort(p datapath.HostPort) error
+	DeleteHostPort(p datapath.HostPort) error
+	CheckHostPort(p datapath.HostPort) error
+	LookupFrontend(f bpf.FrontendKey) (bpf.Service, bool, error)
+	HostPortBackend(id uint32) (netip.AddrPort, bool, error)
+}
+
 // dataplane is an opened datapath.
 type dataplane interface {
 	programs
 	endpoints
 	pendings
+	hostPorts
 	io.Closer
 }
 

@@ -24,6 +24,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/cilium/ebpf"
 
@@ -68,6 +69,8 @@ type Datapath struct {
 
 	cfg   Config
 	progs map[string]*ebpf.Program
+	// late guards the maps that openLate opens.
+	late sync.Mutex
 }
 
 // Open opens what is pinned. The error wraps ErrNotLoaded when the current build is not there, or not completely.

@@ -18,7 +18,8 @@ import (
 // mapVersion is the N of <name>_v<N>: raised when a map's key or value changes its layout, with a migration.
 var mapVersion = map[string]int{}
 
-// Maps are the pinned maps of bpf/maps.h, which says who writes what. With Config.ForPods all but three are nil.
+// Maps are the pinned maps of bpf/maps.h, which says who writes what. With Config.ForPods all but three are nil, until a hostPort needs four
+// more.
 type Maps struct {
 	Flows           *ebpf.Map
 	Endpoints       *ebpf.Map
@@ -64,12 +65,23 @@ func (m *Maps) open(cfg Config) error {
 		if cfg.ForPods && !podMaps[name] {
 			continue
 		}
-		pinned, err := ebpf.LoadPinnedMap(MapPath(cfg, name), nil)
-		if err != nil {
-			return fmt.Errorf("open map %s: %w", name, err)
+		if err := openMap(cfg, name, field); err != nil {
+			return err
 		}
-		*field = pinned
 	}
+	return nil
+}
+
+// openMap opens one pin, unless it is open already.
+func openMap(cfg Config, name string, field **ebpf.Map) error {
+	if *field != nil {
+		return nil
+	}
+	pinned, err := ebpf.LoadPinnedMap(MapPath(cfg, name), nil)
+	if err != nil {
+		return fmt.Errorf("open map %s: %w", name, err)
+	}
+	*field = pinned
 	return nil
 }
 

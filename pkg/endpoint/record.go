@@ -43,6 +43,8 @@ type Record struct {
 	FollowMTU bool `json:"followMTU,omitempty"`
 	// Policy says what the pod started with: "published", "open" or "node-only" (architecture promise 2).
 	Policy string `json:"policy,omitempty"`
+	// HostPorts are the ports of the node that lead to the pod.
+	HostPorts []HostPort `json:"hostPorts,omitempty"`
 	// Created is when ADD registered the endpoint.
 	Created time.Time `json:"created"`
 }

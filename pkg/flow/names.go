@@ -3,6 +3,7 @@
 package flow
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,7 +19,7 @@ import (
 // name: {"17": "default/web:http"}. The agent writes them by rename; without them numbers are shown.
 const (
 	// ServicesFile names service ids: "namespace/name:port".
-	ServicesFile = "services.json"
+	ServicesFile = endpoint.ServicesFile
 	// RulesFile names rule ids: the policy and rule that the id stands for.
 	RulesFile = "rules.json"
 	// NodesFile names the other nodes by their index of the map nodes.
@@ -32,6 +33,8 @@ type Names struct {
 	services map[uint32]string
 	rules    map[uint32]string
 	nodes    map[uint32]string
+	// hostPorts are the service ids of the records' hostPorts.
+	hostPorts map[uint32]string
 }
 
 // LoadNames reads the endpoint records and the agent's name files under the run directory. What is missing is simply not named. A file
@@ -47,8 +50,11 @@ func LoadNames(run string) (*Names, error) {
 
 // NewNames returns names for the pods of records, the services and the rules.
 func NewNames(records []*endpoint.Record, services, rules map[uint32]string) *Names {
-	n := &Names{records: records, pods: map[netip.Addr]string{}, services: services, rules: rules}
+	n := &Names{records: records, pods: map[netip.Addr]string{}, services: services, rules: rules, hostPorts: map[uint32]string{}}
 	for _, r := range records {
+		for _, p := range r.HostPorts {
+			n.hostPorts[p.ID] = fmt.Sprintf("%s:hostPort-%d", PodName(r), p.Host.Port())
+		}
 		for _, a := range r.Addresses {
 			n.pods[a.Unmap()] = PodName(r)
 		}
@@ -91,12 +97,12 @@ func (n *Names) PodAddrs(pod string) []netip.Addr {
 	return addrs
 }
 
-// Service returns the name of a service id, or "".
+// Service returns the name of a service id, or "". The id of a hostPort has the name of its pod: "shop/web-0:hostPort-8080".
 func (n *Names) Service(id uint32) string {
 	if n == nil {
 		return ""
 	}
-	return n.services[id]
+	return cmp.Or(n.hostPorts[id], n.services[id])
 }
 
 // Rule returns the text of a rule id, or "".

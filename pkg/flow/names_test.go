@@ -117,3 +117,23 @@ func TestNilNames(t *testing.T) {
 		t.Errorf("nil Names know %q, want nothing", got)
 	}
 }
+
+// A hostPort has its pod's name, with or without an agent that names services.
+func TestM3_HostPortHasItsPodsName(t *testing.T) {
+	record := strings.Replace(clientRecord, `"hostIfName"`,
+		`"hostPorts":[{"protocol":"tcp","host":"[::]:8080","pod":"[fd00:1::5]:80","id":57400}],"hostIfName"`, 1)
+	for name, files := range map[string]map[string]string{
+		"without agent": {clientFile: record},
+		"with agent":    {clientFile: record, ServicesFile: `{"7":"default/web:http"}`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, err := LoadNames(writeRun(t, files))
+			if err != nil || n.Service(57400) != "default/client:hostPort-8080" {
+				t.Errorf("Service(57400) = %q, %v, want the pod's name", n.Service(57400), err)
+			}
+			if got := n.Service(57401); got != "" {
+				t.Errorf("Service(57401) = %q, want none", got)
+			}
+		})
+	}
+}

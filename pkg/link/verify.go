@@ -28,6 +28,15 @@ func (c *Conn) Addresses(index int) ([]netip.Addr, error) {
 	return out, nil
 }
 
+// HasAddress says whether any device has the address.
+func (c *Conn) HasAddress(a netip.Addr) (bool, error) {
+	all, err := dump(func() ([]netlink.Addr, error) { return c.h.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return false, fmt.Errorf("list addresses: %w", err)
+	}
+	return slices.ContainsFunc(all, func(have netlink.Addr) bool { return fromIP(have.IP) == a.Unmap() }), nil
+}
+
 // VerifyPod reports everything that ConfigurePod(p) did and that is no longer so. Additions by others are fine.
 func (c *Conn) VerifyPod(p Pod) error {
 	have, err := c.Addresses(p.Index)

@@ -94,7 +94,7 @@ func TestServiceIDsUsedUp(t *testing.T) {
 	if want := (MaxServiceID/64 + 1) * 64; len(r.Frontends) != MaxServiceID || len(r.Problems) != want-MaxServiceID {
 		t.Fatalf("%d frontends and %d problems, want %d and %d", len(r.Frontends), len(r.Problems), MaxServiceID, want-MaxServiceID)
 	}
-	if p := r.Problems[0].Message; !strings.Contains(p, "all 65535 service ids are in use") {
+	if p := r.Problems[0].Message; !strings.Contains(p, "all 57343 service ids are in use") {
 		t.Errorf("problem = %q, want one about service ids", p)
 	}
 }
@@ -162,7 +162,7 @@ func TestImportRefusesContradictions(t *testing.T) {
 		{"id released and used", func(n *Numbers) { n.Services.Released = []uint32{n.Ports[0].ID} }, "is there twice"},
 		{"list used twice", func(n *Numbers) { n.Ports[0].Local = n.Ports[0].Cluster }, "is there twice"},
 		{"port twice", func(n *Numbers) { n.Ports = append(n.Ports, n.Ports[0]) }, `port "http" of web/api is there twice`},
-		{"next too large", func(n *Numbers) { n.Services.Next = 70000 }, "next service id is 70000, above 65535"},
+		{"next too large", func(n *Numbers) { n.Services.Next = 70000 }, "next service id is 70000, above 57343"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := good()

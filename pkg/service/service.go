@@ -15,11 +15,13 @@ import (
 	"github.com/margay-cni/margay/pkg/state"
 )
 
-// MaxServiceID is the largest service id: the map of service epochs is an array.
-const MaxServiceID = 65535
+// MaxServiceID is the largest service id. The ids above, up to the end of the array of service epochs, belong to hostPorts, which the CNI
+// plugin numbers (HOST_PORT_FIRST in bpf/types.h).
+const MaxServiceID = 57343
 
-// MaxList is the largest number of a list. The numbers above name lists that are found by service id (BACKEND_BY_HASH in bpf/types.h).
-const MaxList = 1<<31 - 1
+// MaxList is the largest number of a list. The numbers above name the lists of hostPorts (HOST_PORT_LIST in bpf/types.h) and those that are
+// found by service id (BACKEND_BY_HASH).
+const MaxList = 0x7fff0000 - 1
 
 // Scope says who asks; it indexes Service's two-element arrays as enum service_scope in bpf/types.h does.
 type Scope int

@@ -25,6 +25,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/endpoint"
 )
 
 // bin holds the binaries, built once for all tests.
@@ -102,6 +103,8 @@ func (m *machine) shippedNetwork() *libcni.NetworkConfigList {
 	m.must(err)
 	return network
 }
+
+func (m *machine) records() *endpoint.Store { return endpoint.NewStore(m.config.Run) }
 
 func (m *machine) joinClient() {
 	m.t.Helper()
