@@ -254,6 +254,7 @@ func (l *flowLab) checkCell(t *testing.T, c flowCase, svc flowService, frontend 
 				}
 				continue
 			}
+			l.translatedThere(t, p, got)
 			l.answered(t, p, got)
 			if !slices.Contains(backends, got.Backend) {
 				backends = append(backends, got.Backend)
@@ -309,7 +310,7 @@ type sourceRow struct {
 
 const (
 	kept, nodesOwn, frontendAddr = "the client's", "the node's", "the frontend's"
-	masqueraded              = "masqueraded"
+	masqueraded                  = "masqueraded"
 )
 
 var sourceRows = []sourceRow{
