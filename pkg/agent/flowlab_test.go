@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -16,6 +17,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/link"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -27,6 +29,8 @@ type flowLab struct {
 	compile [2]*service.Compiler
 	results [2]*service.Result
 	maps    [2]serviceMaps
+	// hostHook is from_host at the first node: what its own sockets send to services.
+	hostHook progtest.Hook
 }
 
 // labCIDRs are the ranges that cluster addresses are taken from.
@@ -41,6 +45,14 @@ func newFlowLab(t testing.TB) *flowLab {
 	t.Helper()
 	l := &flowLab{}
 	_, l.nodes[0], l.nodes[1] = progtest.NewCluster(t, nodetest.ClusterOptions{Direct: true})
+	l.nodes[0].ServeHost()
+	l.nodes[0].NS.Do(func() {
+		device, err := net.InterfaceByName(link.ServiceDevice)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.hostHook = progtest.Hook{Program: bpf.ProgFromHost, Ifindex: device.Index}
+	})
 	return l
 }
 
@@ -124,15 +136,22 @@ func fill[K, V comparable](t testing.TB, m *ebpf.Map, want map[K]V) {
 	}
 }
 
-// asker is who sends a packet at the first node: a pod of it, or, where pod is nil, a client outside.
+// asker is who sends a packet at the first node: a pod of it, the node itself, or a client outside.
 type asker struct {
 	pod    *nodetest.Pod
+	node   *nodetest.Node
 	client netip.Addr
 }
+
+// inside says whether the asker is on the node.
+func (a asker) inside() bool { return a.pod != nil || a.node != nil }
 
 func (a asker) addr(v6 bool) netip.Addr {
 	if a.pod != nil {
 		return a.pod.Addr(v6)
+	}
+	if a.node != nil {
+		return a.node.Addrs[map[bool]int{true: 1}[v6]]
 	}
 	return a.client
 }
@@ -144,6 +163,10 @@ func (a asker) opens(kind pkt.Kind, port uint16, to netip.AddrPort) pkt.Packet {
 	}
 	if a.pod != nil {
 		p.SrcMAC, p.DstMAC = a.pod.MAC, a.pod.HostMAC
+	}
+	if a.node != nil && slices.Contains(a.node.Addrs, to.Addr()) {
+		// By the loopback device.
+		p.SrcMAC, p.DstMAC = make(net.HardwareAddr, 6), make(net.HardwareAddr, 6)
 	}
 	if kind == pkt.TCP {
 		p.Flags, p.Seq, p.Payload = pkt.SYN, 1000, nil
@@ -170,6 +193,8 @@ func (l *flowLab) ask(t testing.TB, a asker, p pkt.Packet) outcome {
 	hook := f.FromNetdev()
 	if a.pod != nil {
 		hook = progtest.FromPod(a.pod)
+	} else if a.node != nil {
+		hook = l.hostHook
 	}
 	r := f.Run(t, hook, p.Bytes())
 	for reason := range r.Drops {

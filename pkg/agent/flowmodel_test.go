@@ -55,7 +55,7 @@ func (m *flowModel) sorted() []*state.Service {
 }
 
 // find is rows V1, V2, V3, V6: cluster addresses before load balancer addresses before external ones, NodePorts last.
-func (m *flowModel) find(to netip.AddrPort, protocol state.Protocol, fromPod bool) *modelHit {
+func (m *flowModel) find(to netip.AddrPort, protocol state.Protocol, a asker) *modelHit {
 	for _, kind := range []string{"cluster", "balancer", "external", "nodeport"} {
 		for _, s := range m.sorted() {
 			claimed := map[string][]netip.Addr{"cluster": s.ClusterIPs, "balancer": s.LoadBalancerIPs, "external": s.ExternalIPs}[kind]
@@ -64,7 +64,7 @@ func (m *flowModel) find(to netip.AddrPort, protocol state.Protocol, fromPod boo
 				number = func(p state.ServicePort) uint16 { return p.NodePort }
 				claimed = m.addrs[0]
 				// A pod's own node answers for the others, where these have no say of their own.
-				if fromPod && !s.ExternalLocal {
+				if a.pod != nil && !s.ExternalLocal {
 					claimed = slices.Concat(m.addrs[0], m.addrs[1])
 				}
 			}
@@ -165,16 +165,21 @@ func (m *flowModel) admits(h *modelHit, client netip.Addr) bool {
 }
 
 // expect says where the first packet of a new flow may end.
-func (m *flowModel) expect(p pkt.Packet, fromPod bool) expected {
+func (m *flowModel) expect(a asker, p pkt.Packet) expected {
 	client, to, protocol := p.Src.Addr(), p.Dst, flowProtocols[p.Kind]
-	h := m.find(to, protocol, fromPod)
+	h := m.find(to, protocol, a)
 	if h == nil {
-		return m.expectNobodys(to.Addr())
+		nobodys := m.expectNobodys(to.Addr())
+		if a.node != nil && nobodys.verdict == "not a service's" && !slices.Contains(a.node.Addrs, to.Addr()) {
+			// The route for the node's own sockets is there a moment longer than the service.
+			return expected{verdict: "refuse", reason: "service_unknown_port"}
+		}
+		return nobodys
 	}
 	if !m.admits(h, client) {
 		return expected{verdict: "drop", reason: "source_range", hit: h}
 	}
-	local := h.service.ExternalLocal && !fromPod // rows V4, V5
+	local := h.service.ExternalLocal && !a.inside() // rows V4, V5
 	if h.kind == "cluster" {
 		local = h.service.InternalLocal
 	}
@@ -207,9 +212,9 @@ func (m *flowModel) expectNobodys(to netip.Addr) expected {
 	return expected{verdict: "not a service's"}
 }
 
-// sees is the source that a backend sees (rows V12 and V13).
-func (m *flowModel) sees(p pkt.Packet, backend netip.AddrPort) netip.AddrPort {
-	if backend.Addr() == p.Src.Addr() {
+// sees is the source that a backend sees (rows V12 and V13). The node's own answers to itself come back by themselves.
+func (m *flowModel) sees(a asker, p pkt.Packet, backend netip.AddrPort) netip.AddrPort {
+	if backend.Addr() == p.Src.Addr() && a.node == nil {
 		return netip.AddrPortFrom(p.Dst.Addr(), p.Src.Port())
 	}
 	return p.Src

@@ -22,7 +22,7 @@ type flowWorld struct {
 }
 
 func newFlowWorld(l *flowLab) *flowWorld {
-	w := &flowWorld{lab: l, askers: []asker{{pod: l.nodes[0].A}, {pod: l.nodes[0].B}}}
+	w := &flowWorld{lab: l, askers: []asker{{pod: l.nodes[0].A}, {pod: l.nodes[0].B}, {node: l.nodes[0].Node}}}
 	for _, a := range append(addrs("198.51.100.77", "2001:db8:e::77"), nodetest.ClientAddrs...) {
 		w.askers = append(w.askers, asker{client: a})
 	}
@@ -147,9 +147,18 @@ func (w *flowWorld) question(t *rapid.T, s *state.Snapshot, port uint16) (asker,
 		}
 	}
 	to := netip.AddrPortFrom(rapid.SampledFrom(all).Draw(t, "to"), rapid.SampledFrom(ports).Draw(t, "to port"))
-	ofFamily := slices.DeleteFunc(slices.Clone(w.askers), func(a asker) bool { return a.pod == nil && a.client.Is6() != to.Addr().Is6() })
-	a := rapid.SampledFrom(ofFamily).Draw(t, "asker")
-	return a, a.opens(rapid.SampledFrom([]pkt.Kind{pkt.TCP, pkt.UDP, pkt.SCTP}).Draw(t, "kind"), port, to)
+	kind := rapid.SampledFrom([]pkt.Kind{pkt.TCP, pkt.UDP, pkt.SCTP}).Draw(t, "kind")
+	a := rapid.SampledFrom(slices.DeleteFunc(slices.Clone(w.askers), func(a asker) bool { return !w.mayAsk(s, a, to, kind) })).Draw(t, "asker")
+	return a, a.opens(kind, port, to)
+}
+
+// mayAsk says whether a packet of that kind comes to the first node's programs at all: the node's own only where a service is concerned.
+func (w *flowWorld) mayAsk(s *state.Snapshot, a asker, to netip.AddrPort, kind pkt.Kind) bool {
+	if a.node == nil {
+		return a.pod != nil || a.client.Is6() == to.Addr().Is6()
+	}
+	m := flowModel{snapshot: s, addrs: [2][]netip.Addr{w.lab.nodes[0].Addrs, w.lab.nodes[1].Addrs}}
+	return m.find(to, flowProtocols[kind], a) != nil || m.expectNobodys(to.Addr()).verdict != "not a service's"
 }
 
 // flowInUse is a flow that reached a backend.
@@ -162,14 +171,14 @@ type flowInUse struct {
 
 // agrees asks with a packet that opens a flow, or one whose flow has to be opened anew, and holds what comes of it against the model.
 func (w *flowWorld) agrees(t *rapid.T, tb testing.TB, m *flowModel, a asker, p pkt.Packet) (flowInUse, bool) {
-	want, got := m.expect(p, a.pod != nil), w.lab.ask(tb, a, p)
+	want, got := m.expect(a, p), w.lab.ask(tb, a, p)
 	if got.Verdict != want.verdict || got.Reason != want.reason || want.verdict == "backend" && !slices.Contains(want.backends, got.Backend) {
 		t.Fatalf("%s from %v to %v: %+v, want %s %s %v", p.Kind, p.Src, p.Dst, got, want.verdict, want.reason, want.backends)
 	}
 	if got.Verdict != "backend" {
 		return flowInUse{}, false
 	}
-	if sees := m.sees(p, got.Backend); got.Source != sees {
+	if sees := m.sees(a, p, got.Backend); got.Source != sees {
 		t.Fatalf("%s from %v to %v: %v sees %v, want %v", p.Kind, p.Src, p.Dst, got.Backend, got.Source, sees)
 	}
 	w.lab.translatedThere(tb, p, got)
@@ -212,7 +221,7 @@ func TestRandomServicesAgreeWithTheRows(t *testing.T) {
 		for i := range rapid.IntRange(8, 24).Draw(r, "packets") {
 			a, p := w.question(r, s, uint16(4000+i))
 			f, ok := w.agrees(r, t, m, a, p)
-			counts[m.expect(p, a.pod != nil).verdict]++
+			counts[m.expect(a, p).verdict]++
 			if ok {
 				w.stays(r, t, f, goesOn(p))
 				flows = append(flows, f)
@@ -254,7 +263,7 @@ func (w *flowWorld) afterChange(r *rapid.T, t testing.TB, m *flowModel, f flowIn
 // chooseAlike asks Maglev services twice, without flows in between: the hash alone decides.
 func (w *flowWorld) chooseAlike(r *rapid.T, t testing.TB, m *flowModel, flows []flowInUse, counts map[string]int) {
 	for _, f := range flows {
-		want := m.expect(f.opens, f.asker.pod != nil)
+		want := m.expect(f.asker, f.opens)
 		if want.verdict != "backend" || want.hit.service.Balancing != state.BalanceMaglev || want.hit.service.AffinitySeconds != 0 {
 			continue
 		}

@@ -226,12 +226,13 @@ func TestFlowTable(t *testing.T) {
 	}
 }
 
-// flowAskers are the sources of the table, the node itself left out: what its own sockets ask does not come by these hooks.
+// flowAskers are the sources of the table.
 func (l *flowLab) flowAskers(v6 bool) map[string]asker {
 	n := l.nodes[0]
 	return map[string]asker{
 		"pod":           {pod: n.A},
 		"backend's pod": {pod: n.B},
+		"node":          {node: n.Node},
 		"outside":       {client: nodetest.ClientAddrs[map[bool]int{true: 1}[v6]]},
 	}
 }
@@ -242,7 +243,7 @@ func (l *flowLab) checkCell(t *testing.T, c flowCase, svc flowService, frontend 
 	for name, a := range l.flowAskers(v6) {
 		what := fmt.Sprintf("%s: %s from %s to %s %v of %+v", c.name, kind, name, frontend, to, svc)
 		l.nodes[0].ClearFlows(t)
-		want := c.wants(svc, frontend, a.pod != nil)
+		want := c.wants(svc, frontend, a.inside())
 		var backends []netip.AddrPort
 		// One of two is missed forty times in a row once in 10¹² cells.
 		for port := uint16(4000); port < 4040 && (port == 4000 || want == either && len(backends) < 2); port++ {
@@ -289,7 +290,9 @@ func TestV4_NodePortOfAnotherNode(t *testing.T) {
 	for _, svc := range flowServices {
 		for i, v6 := range []bool{false, true} {
 			to := netip.AddrPortFrom(l.nodes[1].Addrs[i], svc.nodePort())
-			for name, a := range l.flowAskers(v6) {
+			askers := l.flowAskers(v6)
+			delete(askers, "node") // its routes lead to the other node
+			for name, a := range askers {
 				want := "not a service's"
 				if a.pod != nil && !svc.externalLocal {
 					want = "backend"
@@ -324,8 +327,8 @@ var sourceRows = []sourceRow{
 	{"node", "any", "any", masqueraded, nodesOwn},
 }
 
-// Contract row V13: what a backend sees as the source of packets that came through a service; the lines about the node itself need its
-// sockets. docs/services.md has the same table.
+// Contract row V13: what a backend sees as the source of packets that came through a service. docs/services.md has the
+// same table.
 func TestV13_WhoSeesWhichSource(t *testing.T) {
 	t.Parallel()
 	doc, err := os.ReadFile("../../docs/services.md")
@@ -358,7 +361,7 @@ func TestV13_WhoSeesWhichSource(t *testing.T) {
 					}
 					l.nodes[0].ClearFlows(t)
 					p := a.opens(pkt.TCP, 4000, to)
-					want := map[string]netip.Addr{kept: p.Src.Addr(), frontendAddr: to.Addr()}[row.margay]
+					want := map[string]netip.Addr{kept: p.Src.Addr(), nodesOwn: l.nodes[0].Addrs[i], frontendAddr: to.Addr()}[row.margay]
 					if got := l.ask(t, a, p); got.Verdict != "backend" || got.Source != netip.AddrPortFrom(want, p.Src.Port()) {
 						t.Errorf("%s to %s %v: %+v, want %v seen", row.from, frontend, to, got, want)
 					}

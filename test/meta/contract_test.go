@@ -70,8 +70,6 @@ var rows = map[string]string{
 
 // untested are the rows that no test can be about yet, each with the reason.
 var untested = map[string]string{
-	"V7": "the node's own sockets do not reach services yet",
-	"U3": "the node's own sockets do not reach services yet",
 	"M2": "kube-proxy sizes netfilter's table for its own use of it; Margay uses none, and leaves the settings alone",
 }
 
