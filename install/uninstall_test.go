@@ -241,7 +241,7 @@ func (m *machine) state() map[string]string {
 	return found
 }
 
-func TestUninstallLeavesNothing(t *testing.T) {
+func TestM3_UninstallLeavesNothing(t *testing.T) {
 	m := newMachine(t)
 	before := m.state()
 	m.occupy()

@@ -37,7 +37,7 @@ func shop(r *rig) (*state.Snapshot, []*endpoint.Record) {
 	return s, []*endpoint.Record{a, b}
 }
 
-func TestNothingIsWrittenBeforeTheFirstSnapshotAndTheRecords(t *testing.T) {
+func TestI10_NothingIsWrittenBeforeTheFirstSnapshotAndTheRecords(t *testing.T) {
 	k := newKernel(1)
 	r := newRig(t, k, runDir(t))
 	s, records := shop(r)
@@ -362,7 +362,7 @@ func TestNumbersAreSavedBeforeTheWritesThatUseThem(t *testing.T) {
 	}
 }
 
-func TestNodeFacts(t *testing.T) {
+func TestI11_NodeFacts(t *testing.T) {
 	k := newKernel(1)
 	run := runDir(t)
 	r := newRig(t, k, run)
@@ -397,7 +397,7 @@ func TestNodeFacts(t *testing.T) {
 	}
 }
 
-func TestFaultsAreRetriedWithGrowingDelay(t *testing.T) {
+func TestI12_FaultsAreRetriedWithGrowingDelay(t *testing.T) {
 	k := newKernel(1)
 	r := newRig(t, k, runDir(t))
 	k.services.max = 0

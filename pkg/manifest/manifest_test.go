@@ -126,7 +126,7 @@ func service(name string, port int) string {
 	return fmt.Sprintf("apiVersion: v1\nkind: Service\nmetadata:\n  name: %s\nspec:\n  clusterIPs: [10.96.0.%d, \"fd00::%d\"]\n  ports:\n  - port: %d\n", name, name[0], name[0], port)
 }
 
-func TestFirstSnapshotHoldsAllFiles(t *testing.T) {
+func TestI10_FirstSnapshotHoldsAllFiles(t *testing.T) {
 	t.Run("several", func(t *testing.T) {
 		w := &watched{t: t, dir: t.TempDir()}
 		w.write("a.yaml", service("a", 80))
@@ -349,8 +349,8 @@ func TestNamedPipeDoesNotHang(t *testing.T) {
 	w.problem("a.yaml: is no regular file")
 }
 
-// TestChangesAreCoalesced writes many files in one go: the source may not publish each, nor wait for ever while changes go on.
-func TestChangesAreCoalesced(t *testing.T) {
+// TestI12_ChangesAreCoalesced writes many files in one go: the source may not publish each, nor wait for ever while changes go on.
+func TestI12_ChangesAreCoalesced(t *testing.T) {
 	w := watchDir(t, t.TempDir())
 	w.becomes("", "")
 	for i := range 100 {

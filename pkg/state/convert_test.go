@@ -38,7 +38,7 @@ func TestI1_I2_ServicesThatTakeNoPart(t *testing.T) {
 }
 
 func TestFromService(t *testing.T) {
-	local, vip, proxy := corev1.ServiceInternalTrafficPolicyLocal, corev1.LoadBalancerIPModeVIP, corev1.LoadBalancerIPModeProxy
+	local := corev1.ServiceInternalTrafficPolicyLocal
 	for _, tc := range []struct {
 		name  string
 		tweak func(*corev1.Service)
@@ -57,9 +57,6 @@ func TestFromService(t *testing.T) {
 			s.Type, s.ExternalLocal, s.InternalLocal = NodePort, true, true
 			s.Ports = []ServicePort{{Name: "x", Protocol: SCTP, Port: 1, NodePort: 30000, TargetName: "y"}}
 		}},
-		{"V3: status decides, and its mode", func(s *corev1.Service) {
-			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.1"}, {IP: "2001:db8::1", IPMode: &vip}, {IP: "192.0.2.2", IPMode: &proxy}, {Hostname: "h"}}
-		}, func(s *Service) { s.LoadBalancerIPs = addrs("192.0.2.1", "2001:db8::1") }},
 		{"return mode", func(s *corev1.Service) {
 			s.Annotations = map[string]string{"margay.io/service-return": "dsr"}
 		}, func(s *Service) { s.Return = ReturnDSR }},
@@ -80,7 +77,28 @@ func TestFromService(t *testing.T) {
 	}
 }
 
-func TestFromEndpointSlice(t *testing.T) {
+// Contract row V3: what the status says is served, whatever type and class say, unless its mode is Proxy or it is only a name.
+func TestV3_LoadBalancerStatusDecides(t *testing.T) {
+	vip, proxy, class := corev1.LoadBalancerIPModeVIP, corev1.LoadBalancerIPModeProxy, "example.org/somebody-elses"
+	ingress := []corev1.LoadBalancerIngress{
+		{IP: "192.0.2.1"}, {IP: "2001:db8::1", IPMode: &vip}, {IP: "192.0.2.2", IPMode: &proxy}, {IP: "2001:db8::2", IPMode: &proxy}, {Hostname: "h"},
+	}
+	for name, tweak := range map[string]func(*corev1.Service){
+		"LoadBalancer": func(s *corev1.Service) { s.Spec.Type = corev1.ServiceTypeLoadBalancer },
+		"of another class": func(s *corev1.Service) {
+			s.Spec.Type, s.Spec.LoadBalancerClass = corev1.ServiceTypeLoadBalancer, &class
+		},
+		"of another type by now":     func(s *corev1.Service) { s.Spec.Type = corev1.ServiceTypeClusterIP },
+		"with no NodePort allocated": func(s *corev1.Service) { s.Spec.Type, s.Spec.Ports[0].NodePort = corev1.ServiceTypeLoadBalancer, 0 },
+	} {
+		got := FromService(apiService(func(s *corev1.Service) { tweak(s); s.Status.LoadBalancer.Ingress = ingress }))
+		if diff := cmp.Diff(addrs("192.0.2.1", "2001:db8::1"), got.LoadBalancerIPs, sameAddr); diff != "" {
+			t.Errorf("service %s: LoadBalancerIPs (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+func TestI6_I8_FromEndpointSlice(t *testing.T) {
 	number, no, yes := int32(8080), false, true
 	name, node := "http", "node-a"
 	slice := func(tweak func(*discoveryv1.EndpointSlice)) *discoveryv1.EndpointSlice {
@@ -116,12 +134,23 @@ func TestFromEndpointSlice(t *testing.T) {
 	if diff := cmp.Diff(want, FromEndpointSlice(annotated), sameAddr); diff != "" {
 		t.Errorf("FromEndpointSlice() with the time of its change (-want +got):\n%s", diff)
 	}
+}
+
+func TestI3_I4_SlicesThatTakeNoPart(t *testing.T) {
 	for name, tweak := range map[string]func(*discoveryv1.EndpointSlice){
 		"headless (I3)":   func(s *discoveryv1.EndpointSlice) { s.Labels["service.kubernetes.io/headless"] = "" },
 		"no service (I3)": func(s *discoveryv1.EndpointSlice) { s.Labels = nil },
 		"FQDN (I4)":       func(s *discoveryv1.EndpointSlice) { s.AddressType = "FQDN" },
 	} {
-		if got := FromEndpointSlice(slice(tweak)); got != nil {
+		s := &discoveryv1.EndpointSlice{
+			ObjectMeta:  metav1.ObjectMeta{Namespace: "web", Name: "s", Labels: map[string]string{"kubernetes.io/service-name": "api"}},
+			AddressType: "IPv4", Endpoints: []discoveryv1.Endpoint{{Addresses: []string{"10.0.0.1"}}},
+		}
+		if got := FromEndpointSlice(s); got == nil || len(got.Endpoints) != 1 {
+			t.Fatalf("%s: before, FromEndpointSlice() = %+v, want its endpoint", name, got)
+		}
+		tweak(s)
+		if got := FromEndpointSlice(s); got != nil {
 			t.Errorf("%s: FromEndpointSlice() = %+v, want nil", name, got)
 		}
 	}
@@ -154,14 +183,15 @@ func TestFromPod(t *testing.T) {
 	}
 }
 
-func TestFromNode(t *testing.T) {
+// Contract row I11: of the Node object come the labels (the zone is one), the addresses and the pods' ranges.
+func TestI11_FromNode(t *testing.T) {
 	n := &corev1.Node{
-		ObjectMeta: metav1.ObjectMeta{Name: "n"},
+		ObjectMeta: metav1.ObjectMeta{Name: "n", Labels: map[string]string{corev1.LabelTopologyZone: "z"}},
 		Spec:       corev1.NodeSpec{PodCIDR: "10.1.0.0/24", PodCIDRs: []string{"10.1.0.0/24", "fd00:1::/64"}},
 		Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: "Hostname", Address: "n"}, {Type: "InternalIP", Address: "192.0.2.1"}, {Type: "InternalIP", Address: "2001:db8::1"}, {Type: "ExternalIP", Address: "192.0.2.9"}}},
 	}
 	got := FromNode(n)
-	if !cmp.Equal(got.Addresses, addrs("192.0.2.1", "2001:db8::1"), sameAddr) || len(got.PodCIDRs) != 2 || got.PodCIDRs[1].String() != "fd00:1::/64" {
+	if !cmp.Equal(got.Addresses, addrs("192.0.2.1", "2001:db8::1"), sameAddr) || len(got.PodCIDRs) != 2 || got.PodCIDRs[1].String() != "fd00:1::/64" || got.Labels[corev1.LabelTopologyZone] != "z" {
 		t.Errorf("FromNode() = %+v", got)
 	}
 }

@@ -163,7 +163,7 @@ func onHost(f *progtest.Fixture) {
 
 // A NodePort whose backend is the node itself: the server sees the client's address, and answers in the service's name by the device that
 // the client came in on.
-func TestNodePortToHostBackend(t *testing.T) {
+func TestV15_NodePortToHostBackend(t *testing.T) {
 	t.Parallel()
 	f := progtest.New(t)
 	onHost(f)
@@ -193,7 +193,7 @@ func TestNodePortToHostBackend(t *testing.T) {
 }
 
 // A pod reaches the node's own server through a service; the answers come through to_pod.
-func TestPodToHostBackend(t *testing.T) {
+func TestV15_PodToHostBackend(t *testing.T) {
 	t.Parallel()
 	f := progtest.New(t)
 	onHost(f)
