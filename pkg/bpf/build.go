@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "6d689aac66c070aac40d6bea"
+const build = "d8634634e926aaf4c40d6bea"
