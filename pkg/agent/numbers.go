@@ -36,6 +36,8 @@ type raise struct {
 	Endpoints []int    `json:"endpoints,omitempty"`
 	Services  []uint32 `json:"services,omitempty"`
 	Routes    bool     `json:"routes,omitempty"`
+	// Outside is for flows that lead to no pod of this node: some may be under way to what has become a service.
+	Outside bool `json:"outside,omitempty"`
 }
 
 // add adds the epochs of other; the lists stay sorted and without repetition.
@@ -43,10 +45,11 @@ func (r *raise) add(other raise) {
 	r.Endpoints = union(r.Endpoints, other.Endpoints)
 	r.Services = union(r.Services, other.Services)
 	r.Routes = r.Routes || other.Routes
+	r.Outside = r.Outside || other.Outside
 }
 
 func (r raise) empty() bool {
-	return len(r.Endpoints) == 0 && len(r.Services) == 0 && !r.Routes
+	return len(r.Endpoints) == 0 && len(r.Services) == 0 && !r.Routes && !r.Outside
 }
 
 func union[T int | uint32](a, b []T) []T {

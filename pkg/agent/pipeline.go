@@ -333,7 +333,8 @@ func (p *pipeline) applySource() {
 	if p.round.Whole {
 		p.collectRecords()
 	}
-	p.raise.add(raise{Endpoints: p.planPolicy(hold), Services: p.planServices(hold)})
+	p.raise.add(p.planServices(hold))
+	p.raise.add(raise{Endpoints: p.planPolicy(hold)})
 	noted := !p.raise.empty()
 	p.saveNames()
 	p.saveNumbers()

@@ -3,19 +3,34 @@
 package agent
 
 import (
+	"golang.org/x/sys/unix"
+
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// planServices returns the service ids whose epochs the round has to raise: those that lose a serving backend.
-func (p *pipeline) planServices(hold bool) []uint32 {
-	if hold {
-		return nil
-	}
+// planServices returns the epochs that the round has to raise: of the services that lose a serving backend, or an address to another
+// service; and that of the outside when an address becomes a service for UDP, whose clients may have sent there before (row U2).
+// TCP needs no epoch for that: every SYN is looked at.
+func (p *pipeline) planServices(hold bool) raise {
+	var out raise
 	ids := map[uint32]struct{}{}
-	for _, k := range p.m.members.surplus(p.wantService.members) {
-		ids[k.ServiceId] = struct{}{}
+	for k, want := range p.wantService.services {
+		have, known := p.m.services.have[k]
+		if k.Proto != unix.IPPROTO_UDP || have.Id == want.Id {
+			continue
+		}
+		if known {
+			ids[have.Id] = struct{}{}
+		}
+		out.Outside = out.Outside || !known
 	}
-	return sortedKeys(ids)
+	if !hold {
+		for _, k := range p.m.members.surplus(p.wantService.members) {
+			ids[k.ServiceId] = struct{}{}
+		}
+	}
+	out.Services = sortedKeys(ids)
+	return out
 }
 
 // applyServices brings the service maps to what they should hold. At no instant does a frontend count a backend that is not there: lists
@@ -62,6 +77,7 @@ func (p *pipeline) applyServices(hold bool) {
 		}
 	}
 	p.raiseServices()
+	p.raiseOutside()
 	if hold {
 		return
 	}
@@ -133,4 +149,16 @@ func (p *pipeline) raiseServices() {
 	}
 	p.round.Raised.Services = len(now)
 	p.raise.Services = later
+}
+
+// raiseOutside raises the outstanding epoch of the outside. Frontends that could not be written ask for it again.
+func (p *pipeline) raiseOutside() {
+	if !p.raise.Outside {
+		return
+	}
+	if err := p.epochs.RaiseEndpointEpochs(int(bpf.EpochSlotOutside)); err != nil {
+		p.fault("endpoint_epochs", err)
+		return
+	}
+	p.raise.Outside = false
 }
