@@ -158,7 +158,7 @@ func (c *Compiler) Import(n Numbers) error {
 			local:   list{number: p.Local, slots: slices.Clone(p.LocalSlots)},
 		}
 	}
-	c.ports, c.ids, c.lists = ports, ids.allocator, lists.allocator
+	c.ports, c.ids, c.lists, c.last = ports, ids.allocator, lists.allocator, nil
 	return nil
 }
 
