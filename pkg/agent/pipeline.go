@@ -138,6 +138,8 @@ type pipeline struct {
 	policyResult  *policy.Result
 	serviceResult *service.Result
 	policyErr     error
+	// compiled is what the policies were compiled from.
+	compiled      policyInputs
 	local         []localPod
 	merged        *state.Snapshot
 	wantPolicy    policyMaps
@@ -333,6 +335,7 @@ func (p *pipeline) applySource() {
 	if p.round.Whole {
 		p.collectRecords()
 	}
+	p.compareServices()
 	p.raise.add(p.planServices(hold))
 	p.raise.add(raise{Endpoints: p.planPolicy(hold)})
 	noted := !p.raise.empty()
@@ -342,6 +345,7 @@ func (p *pipeline) applySource() {
 	p.applyPolicy(hold)
 	p.applyReserved(hold) // before a NodePort can be used
 	p.applyServices(hold)
+	p.settleServices()
 	if noted || !p.raise.empty() {
 		p.saveNumbers()
 	}
@@ -358,6 +362,20 @@ func (p *pipeline) compile() {
 	if p.slices {
 		s = state.WithSelectorSlices(s)
 	}
+	p.compilePolicies(s)
+	p.takeServices(p.services.Update(s))
+	p.merged = s
+	p.round.Compiled = true
+	p.round.Compile = p.now().Sub(start)
+}
+
+// compilePolicies compiles the policies over the merged snapshot, unless nothing that they are about has changed.
+func (p *pipeline) compilePolicies(s *state.Snapshot) {
+	inputs := policyInputs{p.snapshot.Snapshot, p.records}
+	if p.policyErr == nil && p.compiled.same(inputs) {
+		return
+	}
+	p.compiled = inputs
 	var r *policy.Result
 	if r, p.policyErr = p.policies.Compile(s); p.policyErr == nil {
 		p.policyResult = r
@@ -365,15 +383,10 @@ func (p *pipeline) compile() {
 	} else {
 		p.log.Error("policies could not be compiled; the last good ones stay in force", "err", p.policyErr)
 	}
-	p.serviceResult = p.services.Compile(s)
-	p.wantService = newServiceMaps(p.serviceResult, p.serviceCIDRs...)
 	var err error
 	if p.wantEndpoints, err = wantedEndpoints(p.local, p.policyResult); err != nil {
 		p.log.Error("a record is of no use", "err", err)
 	}
-	p.merged = s
-	p.round.Compiled = true
-	p.round.Compile = p.now().Sub(start)
 }
 
 // finish ends a round: it publishes what happened and says when to try again.

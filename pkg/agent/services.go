@@ -14,7 +14,7 @@ import (
 func (p *pipeline) planServices(hold bool) raise {
 	var out raise
 	ids := map[uint32]struct{}{}
-	for k, want := range p.wantService.services {
+	for k, want := range p.m.services.missing(p.wantService.services) {
 		have, known := p.m.services.have[k]
 		if k.Proto != unix.IPPROTO_UDP || have.Id == want.Id {
 			continue
@@ -44,23 +44,23 @@ func (p *pipeline) planServices(hold bool) raise {
 func (p *pipeline) applyServices(hold bool) {
 	want := &p.wantService
 	// Members before lists: a slot that changes in place is in use at once, and its backend must then be in the set.
-	for k, v := range want.members {
+	for k, v := range p.m.members.missing(want.members) {
 		p.m.members.put(k, v)
 	}
-	for k, v := range want.backends {
+	for k, v := range p.m.backends.missing(want.backends) {
 		p.m.backends.put(k, v)
 	}
 	unfinished := p.putTables()
-	for k, v := range want.ranges {
+	for k, v := range p.m.ranges.missing(want.ranges) {
 		p.m.ranges.put(k, v)
 	}
-	for k, v := range want.services {
-		if p.m.services.holds(k, v) || !p.backed(v) || !tabled(v, unfinished) || (hold && p.empties(k, v)) {
+	for k, v := range p.m.services.missing(want.services) {
+		if !p.backed(v) || !tabled(v, unfinished) || (hold && p.empties(k, v)) {
 			continue
 		}
 		p.m.services.put(k, v)
 	}
-	for k, v := range want.addrs {
+	for k, v := range p.m.addrs.missing(want.addrs) {
 		p.m.addrs.put(k, v)
 	}
 	if !hold {
@@ -81,9 +81,13 @@ func (p *pipeline) applyServices(hold bool) {
 	if hold {
 		return
 	}
+	surplus := p.m.backends.surplus(want.backends)
+	if len(surplus) == 0 {
+		return
+	}
 	counted := p.counted()
 	p.named(counted)
-	for _, k := range p.m.backends.surplus(want.backends) {
+	for _, k := range surplus {
 		if k.Slot >= counted[k.List] {
 			p.m.backends.remove(k)
 		}
