@@ -6,7 +6,6 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -158,9 +157,13 @@ type pipeline struct {
 	soon   bool
 	// kept are numbers that must not be forgotten while the source is incomplete.
 	kept numbers
+	// saved is what numbers.json was written for; nil: it has to be written.
+	saved *stamp
+	// servicesNamed says that services.json is up to date.
+	servicesNamed bool
 
-	numbers, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
-	numbersErr, namesErr, nodeFileErr                   error
+	numbers, raiseFile, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
+	numbersErr, namesErr, nodeFileErr                              error
 	// sysctlPorts are the ports that the kernel reserves, as read in the last full compare; nil = not read yet.
 	sysctlPorts []portRange
 
@@ -208,6 +211,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		m:            newMirrors(cfg.Tables, cfg.Log),
 		absent:       map[string]int{},
 		numbers:      file(numbersFile),
+		raiseFile:    file(raiseFile),
 		serviceFile:  file(servicesFile),
 		ruleFile:     file(rulesFile),
 		nodeNames:    file(flow.NodesFile),
@@ -235,6 +239,7 @@ func (p *pipeline) run(ctx context.Context) error {
 		whole := false
 		select {
 		case <-ctx.Done():
+			p.end()
 			return nil
 		case s := <-p.snapshots:
 			p.takeSnapshot(s)
@@ -418,19 +423,6 @@ func (p *pipeline) exportNumbers() numbers {
 		Service: p.services.Export(),
 		Node:    p.nodes.Export(),
 		Routes:  p.routes,
-		Raise:   p.raise,
-	}
-}
-
-// saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
-// restart without the file numbers afresh and stays right, one with an old file might give a number a second meaning.
-func (p *pipeline) saveNumbers() {
-	_, p.numbersErr = p.numbers.save(p.exportNumbers())
-	if p.numbersErr != nil {
-		p.log.Error("numbers could not be saved; a restart will number afresh", "err", p.numbersErr)
-		if err := os.Remove(p.numbers.path); err != nil && !os.IsNotExist(err) {
-			p.log.Error("old numbers could not be removed", "err", err)
-		}
 	}
 }
 
@@ -439,7 +431,10 @@ func (p *pipeline) saveNames() {
 	if !p.round.Compiled {
 		return
 	}
-	_, p.namesErr = p.serviceFile.save(serviceNames(p.serviceResult, p.merged))
+	if !p.servicesNamed {
+		_, p.namesErr = p.serviceFile.save(serviceNames(p.serviceResult, p.merged))
+		p.servicesNamed = p.namesErr == nil
+	}
 	if p.policyResult != nil && p.namesErr == nil {
 		_, p.namesErr = p.ruleFile.save(ruleNames(p.policyResult))
 	}

@@ -20,12 +20,15 @@ func (p *pipeline) takeServices(r *service.Result, c *service.Changes) {
 	if p.serviceResult != r {
 		p.serviceResult, p.wantService = r, newServiceMaps(r, p.serviceCIDRs...)
 		p.forgetServices()
+		p.servicesNamed = false
 		return
 	}
 	w, m := &p.wantService, &p.m
 	for f := range c.Frontends {
 		s, ok := r.Frontends[f]
-		set(m.services, w.services, bpf.NewFrontendKey(uint8(f.Protocol), f.Addr, f.Port), newService(s), ok)
+		k := bpf.NewFrontendKey(uint8(f.Protocol), f.Addr, f.Port)
+		p.servicesNamed = p.servicesNamed && ok && w.services[k].Id == s.ID
+		set(m.services, w.services, k, newService(s), ok)
 	}
 	for list, before := range c.Lists {
 		p.takeList(list, before, r)
