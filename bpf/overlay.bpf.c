@@ -6,11 +6,26 @@
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
+/* A refusal that the forwarding node has no entry for (direct server return): straight to the client, as the backend's answers go. */
+static __always_inline int answer_client(struct __sk_buff *skb, const struct pkt *p)
+{
+	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = p->key.proto};
+
+	fib_addrs(&fib, &p->key.dst, &p->key.src);
+	if (!fib_leads_out(bpf_fib_lookup(skb, &fib, sizeof(fib), 0)))
+		return -DROP_NO_ROUTE;
+	return bpf_redirect_neigh(fib.ifindex, NULL, 0, 0);
+}
+
 /* An answer on the spot goes back through the node that the packet came from. */
 static __always_inline int answer_node(struct __sk_buff *skb, struct pkt *p, int ret)
 {
+	int refused = ret == -DROP_SERVICE_NO_BACKEND;
+
 	ret = answer(skb, p, ret);
-	return ret ? ret : overlay_send(skb, p->in_node, p->vni, 0);
+	if (ret)
+		return ret;
+	return refused && p->vni == VNI_DSR ? answer_client(skb, p) : overlay_send(skb, p->in_node, p->vni, 0);
 }
 
 static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt *p)

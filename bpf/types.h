@@ -67,7 +67,7 @@ enum drop_reason {
 	DROP_SPOOFED_MAC = 5,	       /* source MAC does not belong to the device */
 	DROP_POLICY = 6,	       /* denied by policy; the event names the rule */
 	DROP_POLICY_PENDING = 7,       /* the pod's policy is not known yet (policyPending) */
-	DROP_SERVICE_NO_BACKEND = 8,   /* service without endpoints; the client was told (RST, port unreachable) */
+	DROP_SERVICE_NO_BACKEND = 8,   /* service without endpoints, or connection whose pod has vanished; the client was told */
 	DROP_SERVICE_NO_LOCAL = 9,     /* Local traffic policy and no endpoint here */
 	DROP_NO_ROUTE = 10,	       /* no route to the destination */
 	DROP_FRAGMENT = 11,	       /* IP fragment without a whole transport header to judge it by, its own or its first one's */

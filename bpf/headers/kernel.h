@@ -198,6 +198,7 @@ struct bpf_sock_tuple {
 };
 
 #define EEXIST 17
+#define ENODEV 19
 #define BPF_F_CURRENT_NETNS ((__u64)-1)
 #define BPF_TCP_LISTEN 10
 

@@ -12,10 +12,12 @@
 #include "drop.h"
 #include "masquerade.h"
 #include "host.h"
+#include "vanished.h"
 
 /*
  * May this entry's translation go on? Not when a SYN opens a new connection on the remains of an old one, and not when the backend
- * has left the service: for a UDP client (contract row U1), and for a SYN, whose old connection may have ended without a word.
+ * has left the service: for a UDP client (contract row U1), and for a SYN, whose old connection may have ended without a word. Nor, for
+ * the same two, when there was no service and now there is one (row U2).
  */
 static __always_inline int flow_keeps_translation(const struct pkt *p, const struct flow *f, __u32 epoch)
 {
@@ -29,10 +31,12 @@ static __always_inline int flow_keeps_translation(const struct pkt *p, const str
 	/* The other end opens a connection of its own on the tuple of one that was established: its own policies decide. */
 	if (pkt_opens_tcp(p) && (f->flags & FLOW_REPLY) && ((f->tcp | (other ? other->tcp : 0)) & FLOW_TCP_ESTABLISHED))
 		return 0;
-	if ((f->flags & (FLOW_SERVICE | FLOW_REPLY)) != FLOW_SERVICE)
+	if (f->flags & FLOW_REPLY)
 		return 1;
+	if (!(f->flags & FLOW_SERVICE))
+		return !may_become_service(p) || !service_find(&p->key, p->hook);
 	if (pkt_opens_tcp(p) || (p->key.proto == IPPROTO_UDP && f->service_epoch != epoch))
-		return backend_still_serves(f);
+		return backend_still_serves(f) && !service_is_another(p, f);
 	return 1;
 }
 
@@ -448,6 +452,8 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	/* The stack led the packet to a pod's device that the address is not registered for: there is no policy to judge it by. */
 	if (p->hook == HOOK_TO_POD && (nf->reply ? nf->src.ifindex : nf->dst.ifindex) != skb->ifindex)
 		return -DROP_INVALID_CONFIG;
+	if (receiver_is_gone(skb, p, nf, f))
+		return -DROP_SERVICE_NO_BACKEND;
 	note_opener(skb, p, nf);
 	if (!nf->known && (p->icmp_type == ICMPV6_ECHO_REPLY || (p->key.proto == IPPROTO_ICMP && p->icmp_type == ICMP_ECHOREPLY)))
 		return (p->hook == HOOK_FROM_NETDEV || p->hook == HOOK_FROM_OVERLAY) && !nf->dst.ifindex ? not_ours(p) : -DROP_NO_FLOW;

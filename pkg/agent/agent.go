@@ -25,6 +25,7 @@ import (
 // Files in the run directory.
 const (
 	numbersFile  = "numbers.json"
+	raiseFile    = "raise.json"
 	servicesFile = flow.ServicesFile
 	rulesFile    = flow.RulesFile
 )

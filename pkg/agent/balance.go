@@ -54,7 +54,7 @@ type tableID struct {
 // beside the one in use; in one of the same size every entry is right before and after, because it names slots that are there.
 func (p *pipeline) putTables() (unfinished map[tableID]bool) {
 	unfinished = map[tableID]bool{}
-	for k, v := range p.wantService.maglev {
+	for k, v := range p.m.maglev.missing(p.wantService.maglev) {
 		if !p.m.maglev.put(k, v) {
 			unfinished[tableID{k.List, k.Size}] = true
 		}
@@ -74,13 +74,17 @@ func tabled(s bpf.Service, unfinished map[tableID]bool) bool {
 
 // removeTables takes back the entries of tables that no frontend in the kernel uses any more.
 func (p *pipeline) removeTables() {
+	surplus := p.m.maglev.surplus(p.wantService.maglev)
+	if len(surplus) == 0 {
+		return
+	}
 	used := map[tableID]bool{}
 	for _, s := range p.m.services.have {
 		for scope, list := range s.List {
 			used[tableID{list, s.Maglev[scope]}] = true
 		}
 	}
-	for _, k := range p.m.maglev.surplus(p.wantService.maglev) {
+	for _, k := range surplus {
 		if !used[tableID{k.List, k.Size}] {
 			p.m.maglev.remove(k)
 		}
@@ -102,13 +106,17 @@ func (p *pipeline) named(counted map[uint32]uint32) {
 // removeRanges takes back source ranges, but for those of frontends that are limited in the kernel and should not be any more: without them
 // they would be closed.
 func (p *pipeline) removeRanges() {
+	surplus := p.m.ranges.surplus(p.wantService.ranges)
+	if len(surplus) == 0 {
+		return
+	}
 	limited := map[uint32]bool{}
 	for k, have := range p.m.services.have {
 		if want := p.wantService.services[k]; have.Flags&^want.Flags&bpf.ServiceSourceRanges != 0 {
 			limited[have.Id] = true
 		}
 	}
-	for _, k := range p.m.ranges.surplus(p.wantService.ranges) {
+	for _, k := range surplus {
 		if !limited[k.ServiceId] {
 			p.m.ranges.remove(k)
 		}

@@ -3,7 +3,7 @@
 // Package agent is the pipeline of margay-agent: it turns what a source knows about the cluster, and what the endpoint records know about
 // this node, into the content of the pinned maps and keeps it there.
 //
-// It owns the order in which the maps are written, the files that it leaves in the run directory (numbers.json, services.json,
+// It owns the order in which the maps are written, the files that it leaves in the run directory (numbers.json, raise.json, services.json,
 // rules.json, nodes.json, node.json), the attachments to the node's network devices, the overlay device, the kernel's routes to other
 // nodes, the repair of what somebody else removed, and the local API.
 // It does not own the semantics of services and policies (pkg/service, pkg/policy), the meaning of the objects (pkg/state), or how a
@@ -16,8 +16,8 @@
 // The order of a round, and why:
 //
 //   - Nothing that comes from the source is written before its first snapshot: the kernel's state is the truth until then.
-//   - The numbers of a round are in numbers.json before the first kernel write that uses them, together with the list of epochs that
-//     the round has to raise. A kill at any instant leaves a file from which the next start finishes the round.
+//   - The numbers of a round are in numbers.json before the first kernel write that uses them, and in raise.json the epochs that
+//     the round has to raise. A kill at any instant leaves files from which the next start finishes the round.
 //   - Policy: entries (denials before permissions), ipcache, pending, endpoints, then what is gone from ipcache and from the policies
 //     in use, then the epochs, then the policies nobody uses. An address or a pod moves to a number only when the number means something,
 //     and a flow is judged again only when the maps say the new thing.

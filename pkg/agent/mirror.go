@@ -5,6 +5,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"time"
 )
@@ -34,6 +35,8 @@ type mirror[K, V comparable] struct {
 	// pods tells the entries that are the plugin's and no business of the mirror; nil: none are. Those of the last load are in others.
 	pods   func(K, V) bool
 	others map[K]V
+	// differ has every key at which have may not be what it should; nil: any key.
+	differ map[K]struct{}
 
 	writes  uint64
 	failed  int
@@ -53,7 +56,7 @@ func (m *mirror[K, V]) load() error {
 		m.fail(err)
 		return err
 	}
-	m.have, m.others = have, nil
+	m.have, m.others, m.differ = have, nil, nil
 	if m.pods == nil {
 		return nil
 	}
@@ -65,6 +68,57 @@ func (m *mirror[K, V]) load() error {
 		}
 	}
 	return nil
+}
+
+// compare finds where have is not want, unless that is known already.
+func (m *mirror[K, V]) compare(want map[K]V) {
+	if m.differ != nil {
+		return
+	}
+	differ := map[K]struct{}{}
+	for k := range m.missing(want) {
+		differ[k] = struct{}{}
+	}
+	for _, k := range m.surplus(want) {
+		differ[k] = struct{}{}
+	}
+	m.differ = differ
+}
+
+// touch says that what k should be has changed.
+func (m *mirror[K, V]) touch(k K) {
+	if m.differ != nil {
+		m.differ[k] = struct{}{}
+	}
+}
+
+// settle forgets the keys at which have is want now.
+func (m *mirror[K, V]) settle(want map[K]V) {
+	for k := range m.differ {
+		have, held := m.have[k]
+		if v, wanted := want[k]; held == wanted && have == v {
+			delete(m.differ, k)
+		}
+	}
+}
+
+// missing yields the entries of want that the kernel does not hold.
+func (m *mirror[K, V]) missing(want map[K]V) iter.Seq2[K, V] {
+	return func(yield func(K, V) bool) {
+		if m.differ == nil {
+			for k, v := range want {
+				if !m.holds(k, v) && !yield(k, v) {
+					return
+				}
+			}
+			return
+		}
+		for k := range m.differ {
+			if v, ok := want[k]; ok && !m.holds(k, v) && !yield(k, v) {
+				return
+			}
+		}
+	}
 }
 
 // holds reports whether the kernel's entry of k is v.
@@ -145,8 +199,17 @@ func (m *mirror[K, V]) plan(want map[K]V, replace func(have, want V) bool, drop 
 // surplus returns the keys of entries that want does not have.
 func (m *mirror[K, V]) surplus(want map[K]V) []K {
 	var keys []K
-	for k := range m.have {
-		if _, ok := want[k]; !ok {
+	if m.differ == nil {
+		for k := range m.have {
+			if _, ok := want[k]; !ok {
+				keys = append(keys, k)
+			}
+		}
+		return keys
+	}
+	for k := range m.differ {
+		_, held := m.have[k]
+		if _, ok := want[k]; held && !ok {
 			keys = append(keys, k)
 		}
 	}

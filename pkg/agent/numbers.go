@@ -4,8 +4,10 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
+	"os"
 	"slices"
 
 	"github.com/margay-cni/margay/pkg/node"
@@ -26,9 +28,8 @@ type numbers struct {
 	Node    node.Numbers    `json:"node"`
 	// Routes is the fingerprint of the routes under which the route epoch was last raised.
 	Routes string `json:"routes,omitempty"`
-	// Raise are the epochs that the maps' content calls for but that have not been raised yet. They are noted before the first write of
-	// a round: after a kill in the middle, nothing in the maps would show any more that flows were judged under the old content.
-	Raise raise `json:"raise"`
+	// Raise is in raise.json (pipeline.saveRaise); agents before that noted it here.
+	Raise raise `json:"raise,omitzero"`
 }
 
 // raise lists epochs.
@@ -36,6 +37,8 @@ type raise struct {
 	Endpoints []int    `json:"endpoints,omitempty"`
 	Services  []uint32 `json:"services,omitempty"`
 	Routes    bool     `json:"routes,omitempty"`
+	// Outside is for flows that lead to no pod of this node: some may be under way to what has become a service.
+	Outside bool `json:"outside,omitempty"`
 }
 
 // add adds the epochs of other; the lists stay sorted and without repetition.
@@ -43,10 +46,11 @@ func (r *raise) add(other raise) {
 	r.Endpoints = union(r.Endpoints, other.Endpoints)
 	r.Services = union(r.Services, other.Services)
 	r.Routes = r.Routes || other.Routes
+	r.Outside = r.Outside || other.Outside
 }
 
 func (r raise) empty() bool {
-	return len(r.Endpoints) == 0 && len(r.Services) == 0 && !r.Routes
+	return len(r.Endpoints) == 0 && len(r.Services) == 0 && !r.Routes && !r.Outside
 }
 
 func union[T int | uint32](a, b []T) []T {
@@ -73,6 +77,7 @@ func (p *pipeline) importNumbers() {
 	}
 	if err == nil {
 		p.routes, p.raise = n.Routes, n.Raise
+		p.importRaise()
 		p.kept = n
 		return
 	}
@@ -80,6 +85,65 @@ func (p *pipeline) importNumbers() {
 		p.log.Warn("numbers of the previous run cannot be used; numbering afresh", "err", err)
 	}
 	p.numberAfresh()
+}
+
+// importRaise adds what a predecessor had still to raise.
+func (p *pipeline) importRaise() {
+	var outstanding raise
+	err := p.raiseFile.load(&outstanding)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		p.log.Warn("epochs that the previous run had still to raise cannot be read", "err", err)
+	}
+	p.raise.add(outstanding)
+}
+
+// stamp tells states of the numbers apart.
+type stamp struct {
+	services uint64
+	policies *policy.Result
+	nodes    string
+	routes   string
+}
+
+func (p *pipeline) stampNumbers() stamp {
+	return stamp{p.services.Uses(), p.policyResult, fmt.Sprint(p.nodes.Export()), p.routes}
+}
+
+// saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
+// restart without the file numbers afresh and stays right, one with an old file might give a number a second meaning.
+//
+// The order of slots is not worth writing all of the numbers after each change: it is brought up to date by whole rounds, and at the end. A
+// restart that finds an old one moves some backends to other slots, which nobody notices.
+func (p *pipeline) saveNumbers() {
+	now := p.stampNumbers()
+	p.numbersErr = p.saveRaise()
+	if p.numbersErr == nil && (p.saved == nil || *p.saved != now || p.round.Whole || p.round.Held) {
+		_, p.numbersErr = p.numbers.save(p.exportNumbers())
+		p.saved = &now
+	}
+	if p.numbersErr == nil {
+		return
+	}
+	p.saved = nil
+	p.log.Error("numbers could not be saved; a restart will number afresh", "err", p.numbersErr)
+	if err := os.Remove(p.numbers.path); err != nil && !os.IsNotExist(err) {
+		p.log.Error("old numbers could not be removed", "err", err)
+	}
+}
+
+// saveRaise notes the epochs that the maps' content calls for but that have not been raised yet, before the first write of a round: after a
+// kill in the middle, nothing in the maps would show any more that flows were judged under the old content.
+func (p *pipeline) saveRaise() error {
+	_, err := p.raiseFile.save(p.raise)
+	return err
+}
+
+// end leaves the numbers as the last round left them.
+func (p *pipeline) end() {
+	if p.saved != nil {
+		p.saved = nil
+		p.saveNumbers()
+	}
 }
 
 // keepNumbers gives the numbers of things that the source cannot read at the moment back to the compilers, which have just compiled

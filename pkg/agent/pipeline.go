@@ -6,7 +6,6 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -141,6 +140,8 @@ type pipeline struct {
 	policyResult  *policy.Result
 	serviceResult *service.Result
 	policyErr     error
+	// compiled is what the policies were compiled from.
+	compiled      policyInputs
 	local         []localPod
 	merged        *state.Snapshot
 	wantPolicy    policyMaps
@@ -160,9 +161,13 @@ type pipeline struct {
 	soon   bool
 	// kept are numbers that must not be forgotten while the source is incomplete.
 	kept numbers
+	// saved is what numbers.json was written for; nil: it has to be written.
+	saved *stamp
+	// servicesNamed says that services.json is up to date.
+	servicesNamed bool
 
-	numbers, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
-	numbersErr, namesErr, nodeFileErr                   error
+	numbers, raiseFile, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
+	numbersErr, namesErr, nodeFileErr                              error
 	// sysctlPorts are the ports that the kernel reserves, as read in the last full compare; nil = not read yet.
 	sysctlPorts []portRange
 
@@ -211,6 +216,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		m:            newMirrors(cfg.Tables, cfg.Log),
 		absent:       map[string]int{},
 		numbers:      file(numbersFile),
+		raiseFile:    file(raiseFile),
 		serviceFile:  file(servicesFile),
 		ruleFile:     file(rulesFile),
 		nodeNames:    file(flow.NodesFile),
@@ -238,6 +244,7 @@ func (p *pipeline) run(ctx context.Context) error {
 		whole := false
 		select {
 		case <-ctx.Done():
+			p.end()
 			return nil
 		case s := <-p.snapshots:
 			p.takeSnapshot(s)
@@ -338,7 +345,9 @@ func (p *pipeline) applySource() {
 	if p.round.Whole {
 		p.collectRecords()
 	}
-	p.raise.add(raise{Endpoints: p.planPolicy(hold), Services: p.planServices(hold)})
+	p.compareServices()
+	p.raise.add(p.planServices(hold))
+	p.raise.add(raise{Endpoints: p.planPolicy(hold)})
 	noted := !p.raise.empty()
 	p.saveNames()
 	p.saveNumbers()
@@ -347,6 +356,7 @@ func (p *pipeline) applySource() {
 	p.applyReserved(hold) // before a NodePort can be used
 	p.applyServices(hold)
 	p.applyHostPorts(hold)
+	p.settleServices()
 	if noted || !p.raise.empty() {
 		p.saveNumbers()
 	}
@@ -363,6 +373,21 @@ func (p *pipeline) compile() {
 	if p.slices {
 		s = state.WithSelectorSlices(s)
 	}
+	p.compilePolicies(s)
+	p.takeServices(p.services.Update(s))
+	p.wantHostPorts = wantedHostPorts(p.records)
+	p.merged = s
+	p.round.Compiled = true
+	p.round.Compile = p.now().Sub(start)
+}
+
+// compilePolicies compiles the policies over the merged snapshot, unless nothing that they are about has changed.
+func (p *pipeline) compilePolicies(s *state.Snapshot) {
+	inputs := policyInputs{p.snapshot.Snapshot, p.records}
+	if p.policyErr == nil && p.compiled.same(inputs) {
+		return
+	}
+	p.compiled = inputs
 	var r *policy.Result
 	if r, p.policyErr = p.policies.Compile(s); p.policyErr == nil {
 		p.policyResult = r
@@ -370,16 +395,10 @@ func (p *pipeline) compile() {
 	} else {
 		p.log.Error("policies could not be compiled; the last good ones stay in force", "err", p.policyErr)
 	}
-	p.serviceResult = p.services.Compile(s)
-	p.wantService = newServiceMaps(p.serviceResult, p.serviceCIDRs...)
-	p.wantHostPorts = wantedHostPorts(p.records)
 	var err error
 	if p.wantEndpoints, err = wantedEndpoints(p.local, p.policyResult); err != nil {
 		p.log.Error("a record is of no use", "err", err)
 	}
-	p.merged = s
-	p.round.Compiled = true
-	p.round.Compile = p.now().Sub(start)
 }
 
 // finish ends a round: it publishes what happened and says when to try again.
@@ -411,19 +430,6 @@ func (p *pipeline) exportNumbers() numbers {
 		Service: p.services.Export(),
 		Node:    p.nodes.Export(),
 		Routes:  p.routes,
-		Raise:   p.raise,
-	}
-}
-
-// saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
-// restart without the file numbers afresh and stays right, one with an old file might give a number a second meaning.
-func (p *pipeline) saveNumbers() {
-	_, p.numbersErr = p.numbers.save(p.exportNumbers())
-	if p.numbersErr != nil {
-		p.log.Error("numbers could not be saved; a restart will number afresh", "err", p.numbersErr)
-		if err := os.Remove(p.numbers.path); err != nil && !os.IsNotExist(err) {
-			p.log.Error("old numbers could not be removed", "err", err)
-		}
 	}
 }
 
@@ -432,7 +438,10 @@ func (p *pipeline) saveNames() {
 	if !p.round.Compiled {
 		return
 	}
-	_, p.namesErr = p.serviceFile.save(serviceNames(p.serviceResult, p.merged))
+	if !p.servicesNamed {
+		_, p.namesErr = p.serviceFile.save(serviceNames(p.serviceResult, p.merged))
+		p.servicesNamed = p.namesErr == nil
+	}
 	if p.policyResult != nil && p.namesErr == nil {
 		_, p.namesErr = p.ruleFile.save(ruleNames(p.policyResult))
 	}

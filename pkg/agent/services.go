@@ -3,19 +3,34 @@
 package agent
 
 import (
+	"golang.org/x/sys/unix"
+
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// planServices returns the service ids whose epochs the round has to raise: those that lose a serving backend.
-func (p *pipeline) planServices(hold bool) []uint32 {
-	if hold {
-		return nil
-	}
+// planServices returns the epochs that the round has to raise: of the services that lose a serving backend, or an address to another
+// service; and that of the outside when an address becomes a service for UDP, whose clients may have sent there before (row U2).
+// TCP needs no epoch for that: every SYN is looked at.
+func (p *pipeline) planServices(hold bool) raise {
+	var out raise
 	ids := map[uint32]struct{}{}
-	for _, k := range p.m.members.surplus(p.wantService.members) {
-		ids[k.ServiceId] = struct{}{}
+	for k, want := range p.m.services.missing(p.wantService.services) {
+		have, known := p.m.services.have[k]
+		if k.Proto != unix.IPPROTO_UDP || have.Id == want.Id {
+			continue
+		}
+		if known {
+			ids[have.Id] = struct{}{}
+		}
+		out.Outside = out.Outside || !known
 	}
-	return sortedKeys(ids)
+	if !hold {
+		for _, k := range p.m.members.surplus(p.wantService.members) {
+			ids[k.ServiceId] = struct{}{}
+		}
+	}
+	out.Services = sortedKeys(ids)
+	return out
 }
 
 // applyServices brings the service maps to what they should hold. At no instant does a frontend count a backend that is not there: lists
@@ -29,23 +44,23 @@ func (p *pipeline) planServices(hold bool) []uint32 {
 func (p *pipeline) applyServices(hold bool) {
 	want := &p.wantService
 	// Members before lists: a slot that changes in place is in use at once, and its backend must then be in the set.
-	for k, v := range want.members {
+	for k, v := range p.m.members.missing(want.members) {
 		p.m.members.put(k, v)
 	}
-	for k, v := range want.backends {
+	for k, v := range p.m.backends.missing(want.backends) {
 		p.m.backends.put(k, v)
 	}
 	unfinished := p.putTables()
-	for k, v := range want.ranges {
+	for k, v := range p.m.ranges.missing(want.ranges) {
 		p.m.ranges.put(k, v)
 	}
-	for k, v := range want.services {
-		if p.m.services.holds(k, v) || p.yields(k) || !p.backed(v) || !tabled(v, unfinished) || (hold && p.empties(k, v)) {
+	for k, v := range p.m.services.missing(want.services) {
+		if p.yields(k) || !p.backed(v) || !tabled(v, unfinished) || (hold && p.empties(k, v)) {
 			continue
 		}
 		p.m.services.put(k, v)
 	}
-	for k, v := range want.addrs {
+	for k, v := range p.m.addrs.missing(want.addrs) {
 		p.m.addrs.put(k, v)
 	}
 	if !hold {
@@ -62,12 +77,17 @@ func (p *pipeline) applyServices(hold bool) {
 		}
 	}
 	p.raiseServices()
+	p.raiseOutside()
 	if hold {
+		return
+	}
+	surplus := p.m.backends.surplus(want.backends)
+	if len(surplus) == 0 {
 		return
 	}
 	counted := p.counted()
 	p.named(counted)
-	for _, k := range p.m.backends.surplus(want.backends) {
+	for _, k := range surplus {
 		if k.Slot >= counted[k.List] {
 			p.m.backends.remove(k)
 		}
@@ -133,4 +153,16 @@ func (p *pipeline) raiseServices() {
 	}
 	p.round.Raised.Services = len(now)
 	p.raise.Services = later
+}
+
+// raiseOutside raises the outstanding epoch of the outside. Frontends that could not be written ask for it again.
+func (p *pipeline) raiseOutside() {
+	if !p.raise.Outside {
+		return
+	}
+	if err := p.epochs.RaiseEndpointEpochs(int(bpf.EpochSlotOutside)); err != nil {
+		p.fault("endpoint_epochs", err)
+		return
+	}
+	p.raise.Outside = false
 }

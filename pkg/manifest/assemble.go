@@ -4,6 +4,7 @@ package manifest
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -64,10 +65,10 @@ func (a *assembler) add(file string, o *object) {
 	}
 }
 
-// withFreeNodePorts returns the service without the NodePorts that another one has. The rest of it is served: it disturbs nobody.
+// withFreeNodePorts returns the service without the NodePorts that another one has. The rest of it is served: it disturbs nobody. A service
+// that loses nothing is the identical one: who compiles it knows by that that it has not changed.
 func (a *assembler) withFreeNodePorts(file string, o *object, v *state.Service) *state.Service {
-	out := *v
-	out.Ports = append([]state.ServicePort(nil), v.Ports...)
+	out := v
 	for i, p := range v.Ports {
 		if p.NodePort == 0 {
 			continue
@@ -76,12 +77,17 @@ func (a *assembler) withFreeNodePorts(file string, o *object, v *state.Service) 
 		if holder, taken := a.nodePorts[n]; taken {
 			path := fmt.Sprintf("spec.ports[%d].nodePort", i)
 			a.report(file, locate(o.node, path), o, fmt.Sprintf("%s: %d with %s belongs to %s", path, p.NodePort, p.Protocol, holder))
+			if out == v {
+				clone := *v
+				clone.Ports = slices.Clone(v.Ports)
+				out = &clone
+			}
 			out.Ports[i].NodePort = 0
 			continue
 		}
 		a.nodePorts[n] = fmt.Sprintf("%s in %s:%d", o, file, o.line)
 	}
-	return &out
+	return out
 }
 
 func (a *assembler) report(file string, line int, o *object, message string) {

@@ -24,6 +24,8 @@ type Compiler struct {
 	node       string
 	ids, lists allocator
 	ports      map[portKey]*port
+	// last is what Update goes on from; nil: it compiles everything.
+	last *increment
 }
 
 // NewCompiler returns a compiler for the node of that name, with no numbers given yet.
@@ -42,21 +44,10 @@ func (c *Compiler) Compile(s *state.Snapshot) *Result {
 		compiler: c,
 		slices:   indexSlices(s),
 		used:     make(map[portKey]bool, len(c.ports)),
-		result: &Result{
-			Frontends:     make(map[Frontend]Service, len(s.Services)),
-			Lists:         make(map[uint32][]netip.AddrPort, len(s.Services)),
-			Tables:        map[uint32]Table{},
-			Serving:       map[Member]Membership{},
-			LocalBackends: map[uint32][]netip.AddrPort{},
-			SourceRanges:  map[SourceRange]struct{}{},
-			ClusterAddrs:  make(map[netip.Addr]struct{}, len(s.Services)),
-		},
+		result:   newResult(len(s.Services)),
 	}
-	r.here = addrsOf(s, c.node)
-	if n := s.Nodes[c.node]; n != nil {
-		r.zone = n.Labels[corev1.LabelTopologyZone]
-		r.nodeAddrs = n.Addresses
-	}
+	c.last = nil
+	r.zone, r.here, r.nodeAddrs = c.place(s)
 	for _, key := range slices.SortedFunc(maps.Keys(s.Services), compareKeys) {
 		r.compileService(s.Services[key])
 	}
@@ -64,6 +55,28 @@ func (c *Compiler) Compile(s *state.Snapshot) *Result {
 	r.releaseUnused()
 	slices.SortStableFunc(r.result.Problems, func(a, b Problem) int { return compareKeys(a.Service, b.Service) })
 	return r.result
+}
+
+// newResult is an empty result with room for that many services.
+func newResult(services int) *Result {
+	return &Result{
+		Frontends:     make(map[Frontend]Service, services),
+		Lists:         make(map[uint32][]netip.AddrPort, services),
+		Tables:        map[uint32]Table{},
+		Serving:       map[Member]Membership{},
+		LocalBackends: map[uint32][]netip.AddrPort{},
+		SourceRanges:  map[SourceRange]struct{}{},
+		ClusterAddrs:  make(map[netip.Addr]struct{}, services),
+	}
+}
+
+// place is where the compiler's node is, what is on it, and its own addresses.
+func (c *Compiler) place(s *state.Snapshot) (zone string, here location, addrs []netip.Addr) {
+	here = addrsOf(s, c.node)
+	if n := s.Nodes[c.node]; n != nil {
+		zone, addrs = n.Labels[corev1.LabelTopologyZone], n.Addresses
+	}
+	return zone, here, addrs
 }
 
 // run is one compilation.
@@ -81,7 +94,9 @@ type run struct {
 	// freed are list numbers to be released at the end: none is used twice in one compilation.
 	freed  []uint32
 	claims []claim
-	result *Result
+	// unserved says that a port of the service at hand got no service id.
+	unserved bool
+	result   *Result
 }
 
 func (r *run) problem(service state.Key, format string, args ...any) {
@@ -173,6 +188,7 @@ func (r *run) port(key portKey) (*port, bool) {
 	if p == nil {
 		id, ok := r.compiler.ids.take()
 		if !ok {
+			r.unserved = true
 			return nil, false
 		}
 		p = &port{id: id}
@@ -221,8 +237,13 @@ func (r *run) free(l *list) {
 
 // releaseUnused takes back the numbers that nothing uses any more, in an order that depends on nothing but names.
 func (r *run) releaseUnused() {
+	r.release(slices.SortedFunc(maps.Keys(r.compiler.ports), portKey.compare))
+}
+
+// release takes back the numbers of those of the ports that this compilation does not use, and of its unused lists.
+func (r *run) release(ports []portKey) {
 	c := r.compiler
-	for _, key := range slices.SortedFunc(maps.Keys(c.ports), portKey.compare) {
+	for _, key := range ports {
 		if !r.used[key] {
 			p := c.ports[key]
 			c.ids.release(p.id)

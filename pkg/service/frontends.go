@@ -26,6 +26,8 @@ type claim struct {
 	frontend Frontend
 	kind     kind
 	service  Service
+	// order is the claim's place among those of its service; only Update needs it.
+	order int
 }
 
 // outside is where a service port is reached by traffic that the external traffic policy governs (row V2).
@@ -105,7 +107,7 @@ func (r *run) placeFrontends() {
 		case !taken:
 			r.result.Frontends[c.frontend] = c.service
 		case holder.ID != c.service.ID:
-			r.problem(c.service.Name, "%s is already served by %s", c.frontend, holder.Name)
+			r.result.Problems = append(r.result.Problems, c.problem(holder))
 		}
 	}
 }

@@ -19,6 +19,9 @@ import (
 //
 // The names of these slices contain a slash, which no object's name does. s is not written to.
 func WithSelectorSlices(s *Snapshot) *Snapshot {
+	if !anySelector(s) {
+		return s
+	}
 	written := make(map[Key]bool, len(s.EndpointSlices))
 	for _, slice := range s.EndpointSlices {
 		written[slice.Service] = true
@@ -47,6 +50,15 @@ func WithSelectorSlices(s *Snapshot) *Snapshot {
 	out.EndpointSlices = maps.Clone(s.EndpointSlices)
 	maps.Copy(out.EndpointSlices, added)
 	return &out
+}
+
+func anySelector(s *Snapshot) bool {
+	for _, service := range s.Services {
+		if len(service.Selector) > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // podsByNamespace lists the pods that could be endpoints, by name.

@@ -17,20 +17,26 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// ways runs f for every way in which nodes reach each other, and both families of the packets.
+// ways runs f for every way in which nodes reach each other, and both families of the packets; nothing may be dropped.
 func ways(t *testing.T, f func(t *testing.T, c *nodetest.Cluster, v6 bool)) {
+	clusters(t, func(t *testing.T, c *nodetest.Cluster) {
+		families(t, func(t *testing.T, v6 bool) { f(t, c, v6) })
+		for i, n := range c.Nodes {
+			if diff := cmp.Diff(map[string]uint64{}, unexplained(n.AllDrops())); diff != "" {
+				t.Errorf("node %d: drops (-want +got):\n%s", i, diff)
+			}
+		}
+	})
+}
+
+// clusters runs f with two nodes for every way in which they reach each other.
+func clusters(t *testing.T, f func(t *testing.T, c *nodetest.Cluster)) {
 	for name, opts := range map[string]nodetest.ClusterOptions{
 		"overlay over IPv4": {}, "overlay over IPv6": {OuterV6: true}, "direct": {Direct: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c := nodetest.NewCluster(t, 2, opts)
-			families(t, func(t *testing.T, v6 bool) { f(t, c, v6) })
-			for i, n := range c.Nodes {
-				if diff := cmp.Diff(map[string]uint64{}, unexplained(n.AllDrops())); diff != "" {
-					t.Errorf("node %d: drops (-want +got):\n%s", i, diff)
-				}
-			}
+			f(t, nodetest.NewCluster(t, 2, opts))
 		})
 	}
 }
