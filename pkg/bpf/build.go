@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "9978dd30f5374c3fc40d6bea"
+const build = "9deb7d75043ae985c40d6bea"
