@@ -26,6 +26,9 @@ static __always_inline int is_translated(struct __sk_buff *skb, struct pkt *p)
 		return 0;
 	if (parse_addrs(skb, p) || !(node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL))
 		return 0;
+	/* Nor did it come from here: the source check is for whoever says so. */
+	if ((node_addr_flags_of(&p->key.src) & NODE_ADDR_LOCAL) || endpoint_of(&p->key.src))
+		return 0;
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return 1;
 }

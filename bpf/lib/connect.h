@@ -34,7 +34,7 @@ static __always_inline int flow_keeps_translation(const struct pkt *p, const str
 	if (f->flags & FLOW_REPLY)
 		return 1;
 	if (!(f->flags & FLOW_SERVICE))
-		return !may_become_service(p) || !service_find(&p->key, p->hook);
+		return !may_become_service(p) || !service_find(&p->key, p->hook, p->vni != VNI_PODS);
 	if (pkt_opens_tcp(p) || (p->key.proto == IPPROTO_UDP && f->service_epoch != epoch))
 		return backend_still_serves(f) && !service_is_another(p, f);
 	return 1;
@@ -84,6 +84,7 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	nf->service_id = 0;
 	nf->service_epoch = 0;
 	nf->rule_id = 0;
+	nf->affinity = 0;
 	nf->direction = EGRESS;
 	nf->known = 0;
 	nf->reply = 0;
@@ -98,6 +99,9 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	nf->post = p->key;
 	/* The host's own packets to a service have entries of their own kind. */
 	if (p->hook == HOOK_FROM_HOST && f && !(f->flags & FLOW_VIA_HOST))
+		f = NULL;
+	/* Nor does an entry of the host's own speak for who sends its tuple from elsewhere: policy would not be asked. */
+	if ((p->hook == HOOK_FROM_NETDEV || p->hook == HOOK_FROM_OVERLAY) && f && (f->flags & (FLOW_FROM_HOST | FLOW_REPLY)) == FLOW_FROM_HOST)
 		f = NULL;
 	if (!f || !flow_keeps_translation(p, f, epoch))
 		return first_tuples(skb, p, nf);
@@ -180,7 +184,7 @@ static __always_inline int check_bare_source(const struct pkt *p)
 /* From outside: nobody there has an address of this node, of its pods, or of pods that are reached through the overlay only. */
 static __always_inline int check_outside_source(const struct pkt *p, const struct new_flow *nf, const struct endpoint *sender)
 {
-	if (sender->ifindex || (node_addr_flags_of(&p->key.src) & NODE_ADDR_LOCAL))
+	if (sender->ifindex || addr_is_loopback(&p->key.src) || (node_addr_flags_of(&p->key.src) & NODE_ADDR_LOCAL))
 		return -DROP_SOURCE_IS_LOCAL;
 	/* What is the host's is not ours to judge. */
 	if (!nf->src.ifindex && !nf->dst.ifindex && !(nf->flags & FLOW_SERVICE))
@@ -233,7 +237,9 @@ __noinline int judge(struct new_flow *nf)
 	}
 	if (!nf->dst.ifindex || nf->dst.policy_id[INGRESS] == POLICY_NONE)
 		return 0;
-	from_host = !nf->src.ifindex && ((nf->flags & FLOW_FROM_HOST) || (node_addr_flags_of(&nf->fwd.src) & NODE_ADDR_LOCAL));
+	/* What another node forwards may be from anybody who can send to that node under this one's address. */
+	from_host = !nf->src.ifindex && !(nf->flags & FLOW_FORWARDED) &&
+		    ((nf->flags & FLOW_FROM_HOST) || (node_addr_flags_of(&nf->fwd.src) & NODE_ADDR_LOCAL));
 	if (from_host)
 		return 0;
 	return policy_check(nf, &nf->dst, INGRESS, nf->src.ifindex ? nf->src.identity : identity_of(&nf->fwd.src));

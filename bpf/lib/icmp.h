@@ -212,6 +212,17 @@ static __always_inline int error_without_flow(const struct __sk_buff *skb, const
 	return p->vni == VNI_PODS && (node_addr_flags_of(&quoted->src) & NODE_ADDR_LOCAL) ? TC_ACT_OK : -DROP_NO_FLOW;
 }
 
+/*
+ * Does the error come by the way of the flow's packets? To to_pod the stack also brings what came in by a device and was no flow's there: where
+ * the packets come straight from a pod, or through the overlay, an error from outside is a lie.
+ */
+static __always_inline int error_sender_matches(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
+{
+	if (p->hook == HOOK_TO_POD && skb->ingress_ifindex && (f->flags & (FLOW_IN_POD | FLOW_IN_OVERLAY)) && !(f->flags & FLOW_VIA_STACK))
+		return 0;
+	return flow_sender_matches(skb, p, f);
+}
+
 /* Returns a tc action or minus a drop reason. It is no packet of the flow: neither life nor state of the entry changes. */
 static __always_inline int handle_icmp_error(struct __sk_buff *skb, struct pkt *p)
 {
@@ -221,7 +232,7 @@ static __always_inline int handle_icmp_error(struct __sk_buff *skb, struct pkt *
 
 	key_reverse(&p->key, &quoted);
 	f = bpf_map_lookup_elem(&flows, &p->key);
-	if (!f || !flow_is_current(f) || !flow_sender_matches(skb, p, f))
+	if (!f || !flow_is_current(f) || !error_sender_matches(skb, p, f))
 		return error_without_flow(skb, p, &quoted);
 	ret = check_error_source(skb, p);
 	if (ret)

@@ -46,7 +46,8 @@ static __always_inline int comes_from_elsewhere(__u32 hook)
 	return hook == HOOK_FROM_POD || hook == HOOK_FROM_NETDEV || hook == HOOK_FROM_OVERLAY;
 }
 
-static __always_inline struct service *service_find(const struct flow_key *key, __u32 hook)
+/* forwarded: another node has sent the question on (VNI_FORWARDED, VNI_DSR). */
+static __always_inline struct service *service_find(const struct flow_key *key, __u32 hook, __u32 forwarded)
 {
 	struct frontend_key fk = {.addr = key->dst, .port = key->dport, .proto = key->proto};
 	struct service *s;
@@ -64,6 +65,9 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 		flags = localhost_flags(&key->dst);
 	else
 		flags = node_addr_flags_of(&key->dst);
+	/* Between pods nothing is forwarded: that a pod's port has the number of a NodePort means nothing. */
+	if (hook == HOOK_FROM_OVERLAY && !forwarded && !(flags & NODE_ADDR_LOCAL))
+		return NULL;
 	nodeports = has_nodeports(flags, hook);
 	if (!nodeports && !(flags & NODE_ADDR_LOCAL))
 		return NULL;
@@ -220,13 +224,13 @@ __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
 	nf->affinity = 0;
-	s = service_find(&nf->fwd, hook);
+	s = service_find(&nf->fwd, hook, nf->flags & FLOW_FORWARDED);
 	if (!s)
 		return service_missing(&nf->fwd, hook);
 	nf->service_id = s->id;
 	nf->service_epoch = service_epoch(s->id);
 	/* Again: what is read from here on is not older than the epoch. */
-	s = service_find(&nf->fwd, hook);
+	s = service_find(&nf->fwd, hook, nf->flags & FLOW_FORWARDED);
 	if (!s)
 		return 0;
 	if (nf->flags & FLOW_FORWARDED) {

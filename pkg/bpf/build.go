@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "7169b4a3979f0f90c40d6bea"
+const build = "ec2b8e511645ce2cc40d6bea"

@@ -234,6 +234,10 @@ func TestFromNetdev(t *testing.T) {
 		for name, src := range map[string]netip.Addr{"a pod": f.A.Addr(v6), "the node": of(nodetest.NodeAddrs, v6)} {
 			forged := with(valid, at(src, sport), valid.Dst)
 			dropped(t, f, "from "+name+", it says", f.FromNetdev(), forged, "source_is_local")
+			// One MAC at both ends is how the node marks what it has translated: for itself, but never from itself.
+			forged = with(fromClient(pkt.UDP, at(of(nodetest.NodeAddrs, v6), 22)), at(src, sport), at(of(nodetest.NodeAddrs, v6), 22))
+			forged.SrcMAC = forged.DstMAC
+			dropped(t, f, "translated already, from "+name+", it says", f.FromNetdev(), forged, "source_is_local")
 		}
 	}
 	arp := pkt.ARPRequest(routerMAC, nodetest.ClientAddrs[0], nodetest.NodeAddrs[0])

@@ -9,6 +9,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
+	"github.com/margay-cni/margay/pkg/bpf"
 )
 
 // An ICMP error takes the way of the flow that it is about, back to who sent the packet.
@@ -63,6 +64,27 @@ func TestICMPErrorsAreNoTunnel(t *testing.T) {
 		out := pkt.With(valid, 0)
 		lowerTTL(out)
 		f.Check(t, progtest.Case{Name: "valid", Hook: progtest.FromPod(f.B), In: valid, WantAction: progtest.Redirect, WantOut: out})
+	})
+}
+
+// What from_netdev does not know it leaves to the stack, which routes it to the pod. Between two pods of the node, or of two nodes through
+// the overlay, there is nobody who could have sent an error from outside.
+func TestICMPErrorsFromOutsideByTheStack(t *testing.T) {
+	t.Parallel()
+	f := progtest.New(t)
+	byStack := progtest.Hook{Program: bpf.ProgToPod, Ifindex: f.A.Ifindex, Ingress: f.ClientDevice}
+	families(t, f, func(t *testing.T, v6 bool) {
+		router := netip.MustParseAddr(map[bool]string{false: "192.0.2.254", true: "2001:db8:1::254"}[v6])
+		inside := fromPod(f.A, pkt.UDP, at(f.B.Addr(v6), podPort))
+		redirected(t, f, "opens to a pod", progtest.FromPod(f.A), inside, atPod(inside, f.B))
+		in := quotePort(hop(inside), router, f.A.HostMAC, f.A.MAC)
+		f.Check(t, progtest.Case{Name: "about it", Hook: byStack, In: in, WantAction: progtest.Shot, WantDrop: "no_flow"})
+		f.Check(t, progtest.Case{Name: "about it, from the node itself", Hook: progtest.ToPod(f.A), In: in, WantAction: progtest.OK, WantOut: in})
+
+		outside := fromPod(f.A, pkt.UDP, at(of(nodetest.ClientAddrs, v6), 53))
+		redirected(t, f, "opens to outside", progtest.FromPod(f.A), outside, hop(outside))
+		in = quotePort(hop(outside), router, f.A.HostMAC, f.A.MAC)
+		f.Check(t, progtest.Case{Name: "about it", Hook: byStack, In: in, WantAction: progtest.OK, WantOut: in})
 	})
 }
 

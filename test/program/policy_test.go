@@ -52,6 +52,26 @@ func TestIngressPolicy(t *testing.T) {
 	})
 }
 
+// The host may speak under an address that node_addrs does not list, such as another runtime's bridge: whoever sends the same tuple from
+// outside is judged as who he is, and changes nothing.
+func TestHostFlowSpeaksForNobodyOutside(t *testing.T) {
+	t.Parallel()
+	f := progtest.New(t)
+	isolateB(f)
+	families(t, f, func(t *testing.T, v6 bool) {
+		unlisted := netip.MustParseAddr(map[bool]string{false: "198.51.100.1", true: "2001:db8:9::1"}[v6])
+		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
+			open := with(fromClient(kind, at(f.B.Addr(v6), podPort)), at(unlisted, sport), at(f.B.Addr(v6), podPort))
+			passed(t, f, kind.String()+" from the host", progtest.ToPod(f.B), open, open)
+			dropped(t, f, kind.String()+" opens from outside", f.FromNetdev(), open, "policy")
+			dropped(t, f, kind.String()+" goes on from outside", f.FromNetdev(), data(open), "policy")
+			passed(t, f, kind.String()+" goes on from the host", progtest.ToPod(f.B), data(open), data(open))
+			loopback := with(open, at(netip.MustParseAddr(map[bool]string{false: "127.0.0.1", true: "::1"}[v6]), sport), open.Dst)
+			dropped(t, f, kind.String()+" under a loopback address", f.FromNetdev(), loopback, "source_is_local")
+		}
+	})
+}
+
 func TestEgressPolicy(t *testing.T) {
 	t.Parallel()
 	f := progtest.New(t)
