@@ -51,11 +51,16 @@ type tableID struct {
 }
 
 // putTables writes the Maglev tables and returns those that the kernel does not hold as they should be. A table of a new size is written
-// beside the one in use; in one of the same size every entry is right before and after, because it names slots that are there.
+// beside the one in use; in one of the same size every entry is right before and after, because it names slots that are there. Where a
+// list's backend could not be written, its table waits.
 func (p *pipeline) putTables() (unfinished map[tableID]bool) {
+	incomplete := map[uint32]bool{}
+	for k := range p.m.backends.missing(p.wantService.backends) {
+		incomplete[k.List] = true
+	}
 	unfinished = map[tableID]bool{}
 	for k, v := range p.m.maglev.missing(p.wantService.maglev) {
-		if !p.m.maglev.put(k, v) {
+		if incomplete[k.List] || !p.m.maglev.put(k, v) {
 			unfinished[tableID{k.List, k.Size}] = true
 		}
 	}

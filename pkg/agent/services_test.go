@@ -207,6 +207,34 @@ func TestServicesAreNeverHalfBuilt(t *testing.T) {
 	}
 }
 
+// A Maglev table waits for the backends that it names: where the map of backends is full, it is not written.
+func TestTableWaitsForItsBackends(t *testing.T) {
+	k := newKernel(1)
+	s := manyServices(1)
+	for _, svc := range s.Services {
+		svc.Balancing = state.BalanceMaglev
+	}
+	k.check = func(op string) {
+		for table, chunk := range k.maglev.entries {
+			if _, ok := k.backends.entries[bpf.BackendKey{List: table.List, Slot: uint32(chunk.Slot[0])}]; !ok {
+				t.Fatalf("after %s: the table of list %d names slot %d, which is not there", op, table.List, chunk.Slot[0])
+			}
+		}
+	}
+	r := newRig(t, k, runDir(t))
+	limit := k.backends.max
+	k.backends.max = 2
+	r.give(s)
+	if len(k.maglev.entries) != 0 || len(k.services.entries) != 0 {
+		t.Errorf("%d parts of tables and %d services are there without their backends", len(k.maglev.entries), len(k.services.entries))
+	}
+	k.backends.max = limit
+	r.settle()
+	if len(k.maglev.entries) == 0 || len(k.services.entries) != 1 {
+		t.Errorf("%d parts of tables and %d services once there is room, want some and 1", len(k.maglev.entries), len(k.services.entries))
+	}
+}
+
 // A kill at any instant, even in the middle of a fault, leaves maps from which the next start goes on, and no raise is lost: an epoch is
 // raised after the last member that a service loses, whoever raises it.
 func TestKillBetweenAnyTwoWritesLosesNoServiceEpoch(t *testing.T) {

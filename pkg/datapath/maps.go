@@ -16,7 +16,9 @@ import (
 )
 
 // mapVersion is the N of <name>_v<N>: raised when a map's key or value changes its layout, with a migration.
-var mapVersion = map[string]int{}
+var mapVersion = map[string]int{
+	"node_state": 2, // no migration: the agent writes its one entry whole
+}
 
 // Maps are the pinned maps of bpf/maps.h, which says who writes what. With Config.ForPods all but three are nil, until a hostPort needs four
 // more.
