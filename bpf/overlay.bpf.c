@@ -62,8 +62,9 @@ static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt
 }
 
 /*
- * What our programs redirect here has its tunnel key. What is left is of the host's own stack, whose routes to other nodes' pods lead
- * to this device: the destination says which node. The host's traffic is not ours to judge.
+ * What our programs redirect here has its tunnel key. What is left comes from the host's stack, whose routes to other nodes' pods lead
+ * to this device: its own traffic, which is not ours to judge, and that of pods whose interface another plugin made, which from_pod has
+ * judged. The destination says which node; the other side checks the source.
  */
 static __always_inline int handle_to_overlay(struct __sk_buff *skb, struct pkt *p)
 {
@@ -71,7 +72,7 @@ static __always_inline int handle_to_overlay(struct __sk_buff *skb, struct pkt *
 	__u32 index;
 	int ret;
 
-	if (skb->ingress_ifindex || bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0) == 0 ||
+	if (bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0) == 0 ||
 	    bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6) == 0)
 		return TC_ACT_OK;
 	ret = parse_addrs(skb, p);

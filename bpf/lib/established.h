@@ -14,7 +14,8 @@ static __always_inline int flow_node_matches(const struct pkt *p, const struct f
 	if (!(f->flags & FLOW_IN_OVERLAY))
 		return 0;
 	n = node_by_index(f->in_node);
-	return n && addr_equal(&n->addr, &p->outer);
+	/* A node that has gone left zeroes. */
+	return n && n->mtu && addr_equal(&n->addr, &p->outer);
 }
 
 /*

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "ec2b8e511645ce2cc40d6bea"
+const build = "75e1079768d14ca4c40d6bea"

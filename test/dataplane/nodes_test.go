@@ -164,3 +164,16 @@ func strictRPFilter(t *testing.T) {
 		wantNoError(t, "set "+file, os.WriteFile(file, []byte("1"), 0))
 	}
 }
+
+// TestAdoptedPodToAnotherNode: what a pod sends whose interface another plugin made goes by the host's stack, and by its routes into the
+// overlay, where the destination says which node.
+func TestAdoptedPodToAnotherNode(t *testing.T) {
+	t.Parallel()
+	ways(t, func(t *testing.T, c *nodetest.Cluster, v6 bool) {
+		suffix := fmt.Sprintf("%v", v6)[:1]
+		a, b := c.Nodes[0].AddPod("a"+suffix), c.Nodes[1].AddPod("b"+suffix)
+		c.Nodes[0].Register(a, bpf.Endpoint{Identity: bpf.IdentityPodUnknown, Flags: bpf.EndpointAdopted})
+		nodetest.Serve(t, b.NS, "b", 8080)
+		wantTalk(t, "adopted pod to pod", party{a.NS, a.Addr(v6)}, netip.AddrPortFrom(b.Addr(v6), 8080), "b")
+	})
+}
