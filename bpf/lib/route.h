@@ -183,7 +183,6 @@ static __always_inline int way_to_client(struct __sk_buff *skb, struct new_flow 
 static __always_inline int way_back(struct __sk_buff *skb, struct new_flow *nf)
 {
 	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
-	const __u8 none[6] = {};
 	struct ethhdr *eth;
 
 	nf->out_ifindex[REPLY] = skb->ifindex;
@@ -194,7 +193,7 @@ static __always_inline int way_back(struct __sk_buff *skb, struct new_flow *nf)
 	if (!eth)
 		return -DROP_TRUNCATED;
 	/* A device without link layer has no neighbours. */
-	if (mac_equal(eth->h_source, none))
+	if (mac_is_zero(eth->h_source))
 		return 0;
 	nf->flags |= FLOW_TO_MAC;
 	mac_copy(nf->src.mac, eth->h_source);
