@@ -43,6 +43,6 @@ func (p HostPort) SameFrontend(o HostPort) bool {
 	return p.Protocol == o.Protocol && p.Host == o.Host
 }
 
-// ServicesFile, under the run directory, names service ids: one JSON object from the id, in decimal, to "namespace/name:port". The agent
-// writes it.
+// ServicesFile is the file in the run directory that names service ids: one JSON object from the id, in decimal, to "namespace/name:port".
+// The agent writes it.
 const ServicesFile = "services.json"
