@@ -21,6 +21,7 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/flow"
 )
@@ -106,7 +107,7 @@ func pinSpec(t *testing.T, n *testNode, name string, spec *ebpf.MapSpec) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { m.Close() })
-	if err := m.Pin(filepath.Join(n.bpffs, "maps", name+"_v1")); err != nil {
+	if err := m.Pin(datapath.MapPath(datapath.Config{BPFFS: n.bpffs}, name)); err != nil {
 		t.Fatal(err)
 	}
 	n.maps[name] = m
