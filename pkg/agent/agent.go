@@ -168,7 +168,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	w := &nodeWatcher{
 		attach: cfg.Attach, log: cfg.Log, devices: cfg.Devices, resync: cfg.Resync, records: newMailbox[[]*endpoint.Record](),
 		network: systemNetwork{conn}, rules: systemNetfilter{}, vxlan: cfg.Reach.device(cfg.Node), wants: newMailbox[*wantedNetwork](),
-		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now,
+		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now, raise: cfg.Epochs.RaiseEndpointEpochs,
 	}
 	p.network = w.wants.put
 	records := &recordWatcher{store: p.store, log: cfg.Log, resync: cfg.Resync, publish: func(r []*endpoint.Record) {

@@ -83,7 +83,10 @@ type nodeWatcher struct {
 	read func() (*survey, error)
 	now  func() time.Time
 
-	pods     []*endpoint.Record
+	pods []*endpoint.Record
+	// raise sends the flows of these pods' devices through the slow path; vanished are devices of records that are gone.
+	raise    func(ifindexes ...int) error
+	vanished map[int]bool
 	attached map[int]string // by ifindex: name of the device that we attached to
 	// inherited says that the attachments of a predecessor are in attached.
 	inherited bool
@@ -177,6 +180,7 @@ func (w *nodeWatcher) survey(verify bool) bool {
 			return true
 		}
 	}
+	w.noteVanished(s)
 	c := chooser{patterns: w.devices, pods: map[int]bool{}, fresh: w.fresh(s)}
 	for _, r := range w.pods {
 		c.pods[r.HostIfindex] = true

@@ -50,6 +50,7 @@ func watchRig(f fakeAttacher) (*nodeWatcher, *survey, *time.Time, *[]nodeFacts) 
 		attach: f, log: slog.New(slog.DiscardHandler), attached: map[int]string{}, seen: map[int]time.Time{},
 		read: func() (*survey, error) { return net, nil }, now: func() time.Time { return clock },
 		publish: func(n nodeFacts) { *published = append(*published, n) }, report: func([]string) {},
+		raise: func(...int) error { return nil },
 	}
 	return w, net, &clock, published
 }
@@ -111,5 +112,43 @@ func TestRemovedProgramIsAttachedAgain(t *testing.T) {
 	w.survey(true)
 	if f[2] != "netdev" {
 		t.Errorf("program on eth0 = %q, want from_netdev again", f[2])
+	}
+}
+
+// TestVanishedDeviceRaisesItsEpoch: a pod's device that is gone before its record sends its flows through the slow path, once.
+func TestVanishedDeviceRaisesItsEpoch(t *testing.T) {
+	w, net, _, _ := watchRig(fakeAttacher{})
+	var raised []int
+	fail := false
+	w.raise = func(indexes ...int) error {
+		if fail {
+			return errors.New("no")
+		}
+		raised = append(raised, indexes...)
+		return nil
+	}
+	pod, other := nic(7, "mgy7", "veth"), nic(8, "mgy8", "veth")
+	net.devices = []device{nic(2, "eth0", "device"), pod, other}
+	w.pods = []*endpoint.Record{{HostIfindex: 7, HostIfName: "mgy7"}, {HostIfindex: 8, HostIfName: "mgy8"}}
+	w.survey(false)
+	if raised != nil {
+		t.Fatalf("raised %v while every device is there", raised)
+	}
+	net.devices = []device{nic(2, "eth0", "device"), other}
+	fail = true
+	w.survey(false)
+	fail = false
+	w.survey(false)
+	w.survey(false)
+	if diff := cmp.Diff([]int{7}, raised); diff != "" {
+		t.Errorf("devices raised after one is gone (-want +got):\n%s", diff)
+	}
+	// The index may come again, for another pod.
+	net.devices = []device{nic(2, "eth0", "device"), pod, other}
+	w.survey(false)
+	net.devices = []device{nic(2, "eth0", "device"), other}
+	w.survey(false)
+	if diff := cmp.Diff([]int{7, 7}, raised); diff != "" {
+		t.Errorf("devices raised after it is gone again (-want +got):\n%s", diff)
 	}
 }
