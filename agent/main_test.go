@@ -268,8 +268,19 @@ func TestDevicesAndRoutesAreFollowed(t *testing.T) {
 		}
 		return epoch
 	}
+	// What the agent makes at its start changes the routes, too, and the kernel takes its time with IPv6.
+	settled := func() uint32 {
+		var epoch uint32
+		eventually(t, "the route epoch to stay for three rounds", func() bool {
+			epoch = routes()
+			rounds := p.status().Rounds
+			eventually(t, "three more rounds", func() bool { return p.status().Rounds > rounds+3 })
+			return routes() == epoch
+		})
+		return epoch
+	}
 	eventually(t, "from_netdev on the node's device", func() bool { return len(p.status().Last.Devices) == 1 })
-	before := routes()
+	before := settled()
 	n.NS.Do(func() {
 		r, err := netlink.ParseIPNet("198.51.100.0/24")
 		if err != nil {
@@ -282,7 +293,7 @@ func TestDevicesAndRoutesAreFollowed(t *testing.T) {
 	eventually(t, "the route epoch to be raised", func() bool { return routes() != before })
 
 	// A pod's start is no change of the node's routes.
-	before = routes()
+	before = settled()
 	pod := n.AddPod("one")
 	record(t, n, pod, nil)
 	eventually(t, "the pod to be known", func() bool { return p.status().Last.Counts.Endpoints == 1 })
