@@ -34,8 +34,8 @@ var notByOnePacket = map[string]string{
 	"overlay_source":       "TestRow20_TunnelSpoofing",
 	"overlay_vni":          "TestRow20_TunnelSpoofing",
 	"not_encapsulated":     "TestNotEncapsulated",
-	"no_source_port":       "TestMasquerade",
-	"no_egress_address":    "TestMasquerade",
+	"no_source_port":       "TestMasqueradeWhenEveryPortIsUsed, TestMasqueradeExhaustion",
+	"no_egress_address":    "TestMasqueradeWithoutEgressAddress",
 	"too_big":              "TestRow12_TooBig",
 	"fragment_lost":        "TestHeldFragmentIsLost",
 }
