@@ -232,7 +232,7 @@ __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 	/* Again: what is read from here on is not older than the epoch. */
 	s = service_find(&nf->fwd, hook, nf->flags & FLOW_FORWARDED);
 	if (!s)
-		return 0;
+		return service_missing(&nf->fwd, hook);
 	if (nf->flags & FLOW_FORWARDED) {
 		b = backend_here(s, hash);
 		if (!b)

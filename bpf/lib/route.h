@@ -87,6 +87,9 @@ static __always_inline int way_from_pod(struct __sk_buff *skb, struct new_flow *
 	}
 	if (flags & NODE_ADDR_REMOTE)
 		return flags & NODE_ADDR_OVERLAY ? way_to_node(nf, FORWARD, flags >> NODE_ADDR_INDEX_SHIFT) : route_lookup(skb, nf);
+	/* The stack would drop it as a martian, without a word. */
+	if (addr_is_loopback(&nf->post.dst))
+		return -DROP_NO_ROUTE;
 	r = route_of(&nf->post.dst);
 	if (r && (r->flags & ROUTE_LOCAL))
 		return -DROP_NO_ROUTE;

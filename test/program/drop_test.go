@@ -163,6 +163,7 @@ func TestDropReasons(t *testing.T) {
 	f := progtest.New(t)
 	f.IdentifyPod(f.A, identityA, bpf.PolicyNone, bpf.PolicyNone)
 	f.IdentifyPod(f.B, identityB, bpf.PolicyNone, isolated)
+	loopback := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()}
 	unreachable := []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:dead::1")}
 	seen := seenReasons{}
 	for i, v6 := range []bool{false, true} {
@@ -184,6 +185,7 @@ func TestDropReasons(t *testing.T) {
 			{"a reset for a service without endpoints", "service_no_backend", change(func(p *pkt.Packet) { p.Dst, p.Flags = at(of(vips, v6), 1), pkt.RST })},
 			{"a service without endpoints here", "service_no_local", change(func(p *pkt.Packet) { p.Dst = at(of(vips, v6), 2) })},
 			{"an unreachable address", "no_route", change(func(p *pkt.Packet) { p.Dst = at(of(unreachable, v6), 443) })},
+			{"the node's loopback address", "no_route", change(func(p *pkt.Packet) { p.Dst = at(of(loopback, v6), 443) })},
 		})
 	}
 	neighbourDrops(t, f, seen)
