@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// margay-agent is the node agent: it fills the pinned maps from a directory of Kubernetes manifests and keeps them right. Pods start and
-// stop without it.
+// margay-agent is the node agent: it fills the pinned maps from the Kubernetes API, or a directory of manifests, and keeps them right. Pods
+// start and stop without it.
 package main
 
 import (
@@ -22,7 +22,6 @@ import (
 
 	"github.com/margay-cni/margay/pkg/agent"
 	"github.com/margay-cni/margay/pkg/datapath"
-	"github.com/margay-cni/margay/pkg/manifest"
 	"github.com/margay-cni/margay/pkg/state"
 )
 
@@ -38,7 +37,7 @@ func main() {
 
 // options are the command line.
 type options struct {
-	manifests string
+	source    sourceOptions
 	node      string
 	devices   string
 	level     slog.Level
@@ -64,7 +63,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 
 	f := flag.NewFlagSet("margay-agent", flag.ContinueOnError)
 	f.SetOutput(stderr)
-	f.StringVar(&o.manifests, "manifests", "", "directory of Kubernetes manifests to follow (required)")
+	sourceFlags(f, &o.source)
 	f.StringVar(&o.node, "node", hostname, "name of this node")
 	f.StringVar(&o.datapath.BPFFS, "bpffs", o.datapath.BPFFS, "directory of the pinned maps and programs")
 	f.StringVar(&o.datapath.Run, "run", o.datapath.Run, "run directory: records, names, local API")
@@ -107,14 +106,12 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		return o, nil
 	case f.NArg() > 0:
 		return o, fmt.Errorf("argument %q is not understood", f.Arg(0))
-	case o.manifests == "":
-		return o, errors.New("--manifests DIR is required")
 	case o.node == "":
 		return o, errors.New("the host has no name: --node NAME is required")
 	case o.resync <= 0:
 		return o, fmt.Errorf("--resync %v: want a positive duration", o.resync)
 	}
-	return o, o.serve.Validate()
+	return o, errors.Join(o.source.validate(), o.serve.Validate())
 }
 
 // run is the whole program; it returns the exit status: 0 after a signal, 1 after a failure, 2 for a wrong command line.
@@ -152,13 +149,17 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 	if o.devices != "" {
 		devices = strings.Split(o.devices, ",")
 	}
-	log.Info("agent starts", "version", buildVersion(), "node", o.node, "manifests", o.manifests)
+	source, selectorSlices, err := o.source.open(o.node, log)
+	if err != nil {
+		return fmt.Errorf("source: %w", err)
+	}
+	log.Info("agent starts", "version", buildVersion(), "node", o.node, "source", o.source.String())
 	return agent.Run(ctx, agent.Config{
 		Version:           buildVersion(),
 		Node:              o.node,
 		Run:               o.datapath.Run,
-		Source:            manifest.New(o.manifests, o.node, log),
-		SelectorSlices:    true,
+		Source:            source,
+		SelectorSlices:    selectorSlices,
 		Tables:            agent.KernelTables(&d.Maps),
 		MaxEntries:        agent.MapSizes(&d.Maps),
 		Epochs:            d,

@@ -18,7 +18,6 @@ import (
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/flow"
 	"github.com/margay-cni/margay/pkg/link"
-	"github.com/margay-cni/margay/pkg/manifest"
 	"github.com/margay-cni/margay/pkg/state"
 )
 
@@ -35,7 +34,7 @@ type Source interface {
 	// Run publishes the first snapshot once everything has been read, then one for each change, until ctx ends.
 	Run(ctx context.Context, publish func(*state.Snapshot)) error
 	// Problems are what the source cannot use. Safe from any goroutine.
-	Problems() []manifest.Problem
+	Problems() []state.Problem
 	// Incomplete names what the source has not been able to read since it started. Safe from any goroutine.
 	Incomplete() []string
 }
@@ -59,8 +58,8 @@ type Config struct {
 	ServiceReturn state.ServiceReturn
 	// LoadBalancing is how backends are chosen for services without an annotation of their own; default at random.
 	LoadBalancing state.LoadBalancing
-	// ServiceCIDRs are the ranges that cluster addresses are taken from; empty: not known, so nothing is done about addresses of theirs
-	// that no service has.
+	// ServiceCIDRs are the ranges that cluster addresses are taken from; empty: those that the source names. While none are known, nothing is
+	// done about addresses of theirs that no service has.
 	ServiceCIDRs []netip.Prefix
 	// NodePortAddresses are the addresses that NodePorts are served on.
 	NodePortAddresses NodePortAddresses

@@ -138,7 +138,7 @@ func TestServiceRoutes(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			k := newKernel(1)
 			r := newRig(t, k, runDir(t))
-			r.serviceCIDRs = c.cidrs
+			r.serviceCIDRs, r.cidrsGiven = c.cidrs, true
 			facts := twoFamilies()
 			facts.host = 9
 			r.takeFacts(*facts)

@@ -113,8 +113,10 @@ type pipeline struct {
 	reach Reach
 	// verdicts says that verdict events are wanted.
 	verdicts bool
-	// serviceCIDRs are the ranges that cluster addresses are taken from, nodePorts the addresses that NodePorts are served on.
+	// serviceCIDRs are the ranges that cluster addresses are taken from: the configured ones, or else those of the snapshot. nodePorts are the
+	// addresses that NodePorts are served on.
 	serviceCIDRs []netip.Prefix
+	cidrsGiven   bool
 	nodePorts    NodePortAddresses
 	// primaries are the nodes' primary addresses, in the snapshot primariesOf.
 	primaries   map[netip.Addr]bool
@@ -208,6 +210,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		resync:       cfg.Resync,
 		nodePorts:    cfg.NodePortAddresses,
 		serviceCIDRs: cfg.ServiceCIDRs,
+		cidrsGiven:   len(cfg.ServiceCIDRs) > 0,
 		snapshots:    newMailbox[snapshotFrom](),
 		recordsIn:    newMailbox[[]*endpoint.Record](),
 		nodeIn:       newMailbox[nodeFacts](),
@@ -374,6 +377,7 @@ func (p *pipeline) compile() {
 		s = state.WithSelectorSlices(s)
 	}
 	p.compilePolicies(s)
+	p.takeServiceCIDRs(s)
 	p.takeServices(p.services.Update(s))
 	p.wantHostPorts = wantedHostPorts(p.records)
 	p.merged = s

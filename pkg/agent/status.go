@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/margay-cni/margay/pkg/health"
-	"github.com/margay-cni/margay/pkg/manifest"
+	"github.com/margay-cni/margay/pkg/state"
 )
 
 // Round is one pass of the pipeline, as the status shows it.
@@ -105,7 +105,7 @@ type Status struct {
 	Last       Round  `json:"last"`
 	LastChange Round  `json:"lastChange"`
 	// Source are the files and objects that the source cannot use, by file and line.
-	Source []manifest.Problem `json:"source"`
+	Source []state.Problem `json:"source"`
 	// Pods are pods without the programs of this build on their device, and who else is there, and those whose MTU cannot follow the node's.
 	Pods  []string `json:"pods"`
 	Flows Sweeps   `json:"flows"`

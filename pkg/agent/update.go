@@ -5,6 +5,7 @@ package agent
 import (
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -14,6 +15,22 @@ import (
 
 // A round after one change looks at what changed and at nothing else: the compiler says which parts of its result are others, and each
 // service map's mirror remembers where the kernel is behind. A full compare forgets that and looks at everything.
+
+// takeServiceCIDRs takes over the ranges that the snapshot names, unless others are configured. What the service maps should hold is made anew
+// when they change, which is rare.
+func (p *pipeline) takeServiceCIDRs(s *state.Snapshot) {
+	if p.cidrsGiven {
+		return
+	}
+	var cidrs []netip.Prefix
+	for _, c := range s.ServiceCIDRs {
+		cidrs = append(cidrs, c.Prefixes...)
+	}
+	slices.SortFunc(cidrs, netip.Prefix.Compare)
+	if cidrs = slices.Compact(cidrs); !slices.Equal(cidrs, p.serviceCIDRs) {
+		p.serviceCIDRs, p.serviceResult = cidrs, nil
+	}
+}
 
 // takeServices makes a compilation what the service maps should hold.
 func (p *pipeline) takeServices(r *service.Result, c *service.Changes) {
@@ -151,5 +168,5 @@ func (a policyInputs) same(b policyInputs) bool {
 	}
 	s, t := a.snapshot, b.snapshot
 	return maps.Equal(s.Pods, t.Pods) && maps.Equal(s.Namespaces, t.Namespaces) && maps.Equal(s.Nodes, t.Nodes) &&
-		maps.Equal(s.NetworkPolicies, t.NetworkPolicies)
+		maps.Equal(s.NetworkPolicies, t.NetworkPolicies) && maps.Equal(s.ClusterNetworkPolicies, t.ClusterNetworkPolicies)
 }

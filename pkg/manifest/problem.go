@@ -4,46 +4,22 @@ package manifest
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
-	"strings"
+
+	"github.com/margay-cni/margay/pkg/state"
+)
+
+// Problem is something about a file that a person should look at.
+type Problem = state.Problem
+
+// The severities of problems.
+const (
+	Error   = state.Error
+	Warning = state.Warning
 )
 
 // Severity says what a problem does to its file.
-type Severity string
-
-const (
-	// Error keeps something from being in force: of one in a file's text the whole file, of one between files the object named.
-	Error Severity = "error"
-	// Warning is about something that is ignored; everything else in the file is in force.
-	Warning Severity = "warning"
-)
-
-// Problem is something a person should look at. File has no directory; Line is 1 or more, or 0 if no line is to blame.
-type Problem struct {
-	File     string   `json:"file"`
-	Line     int      `json:"line,omitempty"`
-	Object   string   `json:"object,omitempty"`
-	Message  string   `json:"message"`
-	Severity Severity `json:"severity"`
-}
-
-// String is the problem as compilers write theirs: svc.yaml:12: Service web/api: spec.ports[0].port: 70000 is outside 1 to 65535.
-func (p Problem) String() string {
-	var b strings.Builder
-	b.WriteString(p.File)
-	if p.Line > 0 {
-		fmt.Fprintf(&b, ":%d", p.Line)
-	}
-	if p.Object != "" {
-		b.WriteString(": " + p.Object)
-	}
-	if p.Severity == Warning {
-		b.WriteString(": warning")
-	}
-	b.WriteString(": " + p.Message)
-	return b.String()
-}
+type Severity = state.Severity
 
 func sortProblems(problems []Problem) {
 	slices.SortStableFunc(problems, func(a, b Problem) int {

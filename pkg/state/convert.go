@@ -284,6 +284,7 @@ func FromNode(n *corev1.Node) *Node {
 		out.Leaving = out.Leaving || t.Key == taintToBeDeleted
 	}
 	for _, a := range n.Status.Addresses {
+		out.AllAddresses = appendAddr(out.AllAddresses, a.Address) // a Hostname or DNS name is none
 		if a.Type == corev1.NodeInternalIP {
 			out.Addresses = appendAddr(out.Addresses, a.Address)
 		}
@@ -293,6 +294,15 @@ func FromNode(n *corev1.Node) *Node {
 	}
 	if len(n.Spec.PodCIDRs) == 0 {
 		out.PodCIDRs = appendPrefix(out.PodCIDRs, n.Spec.PodCIDR)
+	}
+	return out
+}
+
+// FromServiceCIDR converts a range of cluster addresses. One that is being deleted counts until it is gone: addresses are still taken from it.
+func FromServiceCIDR(c *networkingv1.ServiceCIDR) *ServiceCIDR {
+	out := &ServiceCIDR{Name: c.Name}
+	for _, cidr := range c.Spec.CIDRs {
+		out.Prefixes = appendPrefix(out.Prefixes, cidr)
 	}
 	return out
 }

@@ -194,6 +194,9 @@ func TestI11_FromNode(t *testing.T) {
 	if !cmp.Equal(got.Addresses, addrs("192.0.2.1", "2001:db8::1"), sameAddr) || len(got.PodCIDRs) != 2 || got.PodCIDRs[1].String() != "fd00:1::/64" || got.Labels[corev1.LabelTopologyZone] != "z" {
 		t.Errorf("FromNode() = %+v", got)
 	}
+	if want := addrs("192.0.2.1", "2001:db8::1", "192.0.2.9"); !cmp.Equal(got.AllAddresses, want, sameAddr) {
+		t.Errorf("FromNode().AllAddresses = %v, want %v (row C4)", got.AllAddresses, want)
+	}
 }
 
 func TestH2_NodeLeaves(t *testing.T) {

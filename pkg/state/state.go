@@ -57,18 +57,24 @@ type Snapshot struct {
 	Services        map[Key]*Service
 	EndpointSlices  map[Key]*EndpointSlice
 	NetworkPolicies map[Key]*NetworkPolicy
-	Nodes           map[string]*Node
+	// ClusterNetworkPolicies are in no namespace: they are keyed by name.
+	ClusterNetworkPolicies map[string]*ClusterNetworkPolicy
+	Nodes                  map[string]*Node
+	// ServiceCIDRs may be empty although cluster addresses come from somewhere: not every source knows.
+	ServiceCIDRs map[string]*ServiceCIDR
 }
 
 // NewSnapshot returns an empty snapshot whose maps may be written.
 func NewSnapshot() *Snapshot {
 	return &Snapshot{
-		Namespaces:      map[string]*Namespace{},
-		Pods:            map[Key]*Pod{},
-		Services:        map[Key]*Service{},
-		EndpointSlices:  map[Key]*EndpointSlice{},
-		NetworkPolicies: map[Key]*NetworkPolicy{},
-		Nodes:           map[string]*Node{},
+		Namespaces:             map[string]*Namespace{},
+		Pods:                   map[Key]*Pod{},
+		Services:               map[Key]*Service{},
+		EndpointSlices:         map[Key]*EndpointSlice{},
+		NetworkPolicies:        map[Key]*NetworkPolicy{},
+		ClusterNetworkPolicies: map[string]*ClusterNetworkPolicy{},
+		Nodes:                  map[string]*Node{},
+		ServiceCIDRs:           map[string]*ServiceCIDR{},
 	}
 }
 
@@ -226,7 +232,15 @@ type Node struct {
 	Labels map[string]string
 	// Addresses are the InternalIPs, primary first.
 	Addresses []netip.Addr
-	PodCIDRs  []netip.Prefix
+	// AllAddresses are the IP addresses in status.addresses, whatever their type, in their order (contract row C4).
+	AllAddresses []netip.Addr
+	PodCIDRs     []netip.Prefix
 	// Leaving says that the node is being deleted, or is marked for it by the cluster autoscaler (row H2).
 	Leaving bool
+}
+
+// ServiceCIDR is a networking.k8s.io/v1 ServiceCIDR: ranges that cluster addresses are taken from (contract rows I11, V9).
+type ServiceCIDR struct {
+	Name     string
+	Prefixes []netip.Prefix
 }
