@@ -32,6 +32,9 @@ export BPF2GO_CC := clang-19
 export BPF2GO_STRIP := llvm-strip-19
 export BPF2GO_CFLAGS := -O2 -g -Wall -Wextra -Werror -mcpu=v3 -nostdinc -fno-ident -I../../bpf
 
+# Modules with tests beside the main one, so that what they require stays out of its go.mod.
+MODULES := hack/image
+
 STATICCHECK := go tool -modfile=hack/tools/go.mod staticcheck
 SCRIPTS = $(shell grep -rlE '^#!.*\b(ba)?sh\b' hack .ci)
 
@@ -41,7 +44,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -53,13 +56,22 @@ build: $(BINARIES) ## Build the static binaries into bin/
 $(BINARIES):
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/$@ $(main_$@)
 
+# The image that install/ names: :latest until there is a release, and the version. Its times are the commit's: the same commit makes the same bytes.
+image: build ## Pack the binaries into an OCI image, build/margay-image.tar (no container engine needed)
+	cd hack/image && go run . --bin ../../bin --source ../.. --output ../../build/margay-image.tar \
+		--version '$(VERSION)' --tag 'margay-cni/margay:$(VERSION)' --tag margay-cni/margay:latest \
+		--commit "$$(git rev-parse HEAD 2>/dev/null || true)" --created "$$(git show -s --format=%cI HEAD 2>/dev/null || echo 1970-01-01T00:00:00Z)"
+
 demo: build ## Show Margay at work: real pods, packets and bytes on this machine (needs root)
 	./hack/demo
 
-test: test-unit test-root ## Run every test; as root also the ones that need it
+test: test-unit test-modules test-root ## Run every test; as root also the ones that need it
 
 test-unit: ## Run the tests of the packages that need no root (with the race detector in CI)
 	packages=$$($(unit_packages)); go test $(if $(CI),-race) -timeout 5m $(TESTFLAGS) $$packages
+
+test-modules: ## Run the tests of the modules of their own that make image and manifests
+	for module in $(MODULES); do (cd $$module && go test -timeout 10m $(TESTFLAGS) ./...); done
 
 # One package at a time: some of them measure, and all of them share the two cores of a CI machine.
 test-root: ## Run the tests of the packages that need root; without it most of them are skipped
@@ -77,6 +89,7 @@ lint: ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }
 	go vet ./...
 	$(STATICCHECK) ./...
+	for module in $(MODULES); do (cd $$module && go vet ./... && go tool -modfile=../tools/go.mod staticcheck ./...); done
 	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); else echo 'lint: no shellcheck here: scripts are not checked (make deps)'; [[ -z "$${CI:-}" ]]; fi
 
 fmt: ## Format the Go files

@@ -67,6 +67,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.node, "node", hostname, "name of this node")
 	f.StringVar(&o.datapath.BPFFS, "bpffs", o.datapath.BPFFS, "directory of the pinned maps and programs")
 	f.StringVar(&o.datapath.Run, "run", o.datapath.Run, "run directory: records, names, local API")
+	f.StringVar(&o.datapath.ProcSys, "proc-sys", "/proc/sys", "where kernel settings are written, for a container whose own /proc/sys is read-only")
 	f.StringVar(&o.devices, "devices", "", "comma-separated name patterns of the node's network devices (default: those with a global address or the default route)")
 	f.DurationVar(&o.resync, "resync", 10*time.Second, "how often everything is compared with the kernel")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")

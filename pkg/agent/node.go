@@ -228,7 +228,7 @@ func (p *pipeline) applyNode() {
 	if p.raise.Routes {
 		p.saveNumbers()
 	}
-	p.saveNode(hold)
+	p.saveNodeNames(hold)
 	for _, i := range l.nodesPut {
 		p.m.nodes.put(i, l.want.nodes[i])
 	}
@@ -294,20 +294,30 @@ func (p *pipeline) raiseRoutes() {
 	p.saveNumbers()
 }
 
-// saveNode writes what the plugin is told, and the names of the other nodes. With hold a file that is there stays: it was written by an
+// saveNode writes what the plugin is told. It comes after what new pods start with: on a machine that has just started nothing else keeps the
+// runtime from starting pods, and where nothing is published they start open. With hold a file that is there stays: it was written by an
 // agent that knew everything.
 func (p *pipeline) saveNode(hold bool) {
 	r := p.nodeResult
 	if r == nil {
 		return
 	}
-	if _, err := os.Stat(p.nodeFile.path); !hold || err != nil {
-		n := endpoint.NewNode(p.node, string(p.reach.Mode), r.PodMTU, r.PodCIDRs)
-		if _, p.nodeFileErr = p.nodeFile.save(n); p.nodeFileErr != nil {
-			p.log.Error("what the plugin is told of the node could not be saved", "err", p.nodeFileErr)
-		}
+	_, err := os.Stat(p.nodeFile.path)
+	if first := err != nil; first && p.m.pending.fault(p.now()) != nil || !first && hold {
+		return
 	}
-	names := maps.Clone(r.Names)
+	n := endpoint.NewNode(p.node, string(p.reach.Mode), r.PodMTU, r.PodCIDRs)
+	if _, p.nodeFileErr = p.nodeFile.save(n); p.nodeFileErr != nil {
+		p.log.Error("what the plugin is told of the node could not be saved", "err", p.nodeFileErr)
+	}
+}
+
+// saveNodeNames writes the names of the other nodes, before anything has their numbers.
+func (p *pipeline) saveNodeNames(hold bool) {
+	if p.nodeResult == nil {
+		return
+	}
+	names := maps.Clone(p.nodeResult.Names)
 	if hold {
 		for name, number := range p.nodes.Export().Nodes {
 			names[number] = name

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -149,6 +150,55 @@ func TestOtherNodesReachTheMaps(t *testing.T) {
 	again.give(nodesOnly(self, other))
 	if got := k.written(); len(got) > 0 {
 		t.Errorf("operations of a restart in which nothing changed = %v, want none", got)
+	}
+}
+
+// TestNodeFileComesAfterThePolicies: the runtime starts pods as soon as the file is there, so what they start with must be there before.
+func TestNodeFileComesAfterThePolicies(t *testing.T) {
+	k := newKernel(1)
+	run := runDir(t)
+	there := func() bool {
+		_, err := endpoint.ReadNode(run)
+		return err == nil
+	}
+	k.check = func(op string) {
+		if there() {
+			t.Errorf("node.json is there at %q", op)
+		}
+	}
+	r := newRig(t, k, run)
+	r.takeFacts(*twoFamilies())
+	s := nodesOnly(self, other)
+	deny := &state.NetworkPolicy{Key: state.Key{Namespace: "default", Name: "deny"}, Spec: networkingv1.NetworkPolicySpec{
+		PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
+	}}
+	s.NetworkPolicies = map[state.Key]*state.NetworkPolicy{deny.Key: deny}
+
+	// The records are missing, then what pods start with cannot be written.
+	r.takeSnapshot(snapshotFrom{s, r.clock})
+	r.work(false)
+	if there() {
+		t.Error("node.json is there before the first policy")
+	}
+	k.pending.max = 0
+	r.takeRecords(nil)
+	r.work(false)
+	if there() {
+		t.Error("node.json is there although no pending entry could be written")
+	}
+	k.pending.max = 1 << 20
+	r.work(true)
+	if len(k.pending.entries) == 0 || !there() {
+		t.Errorf("pending entries %v, node.json there %v: want both", k.pending.entries, there())
+	}
+
+	// A later agent leaves it in place from the start.
+	k.check = nil
+	again := newRig(t, k, run)
+	again.takeFacts(*twoFamilies())
+	again.work(false)
+	if !there() {
+		t.Error("node.json is gone after a restart")
 	}
 }
 

@@ -363,6 +363,7 @@ func (p *pipeline) applySource() {
 	if noted || !p.raise.empty() {
 		p.saveNumbers()
 	}
+	p.saveNode(hold)
 	p.round.Written = p.now()
 	p.round.Write = p.round.Written.Sub(compiled)
 }

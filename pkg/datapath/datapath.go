@@ -46,6 +46,9 @@ type Config struct {
 	BPFFS string
 	// Run is the directory of locks and records; on tmpfs, so that a reboot empties it.
 	Run string
+	// ProcSys is where kernel settings are written, for a container whose own /proc/sys is read-only; empty means /proc/sys. They are read,
+	// and remembered for uninstall, by their usual names.
+	ProcSys string
 	// Sizes overrides max_entries by map name. It counts when the map is created.
 	Sizes map[string]uint32
 	// ForPods opens only what attaching and registering pods needs, which is what ADD and DEL do: 5 pins instead of 22.

@@ -150,6 +150,32 @@ func TestSizes(t *testing.T) {
 	}
 }
 
+// A container whose /proc/sys cannot be written has the node's somewhere else. What is remembered has the usual name.
+func TestSettingsAreWrittenElsewhere(t *testing.T) {
+	t.Parallel()
+	ns, cfg := place(t)
+	procSys := t.TempDir()
+	must(t, os.MkdirAll(filepath.Join(procSys, "net/ipv4"), 0o755))
+	must(t, os.MkdirAll(filepath.Join(procSys, "net/ipv6/conf/all"), 0o755))
+	inNS(t, ns, func() error { return os.WriteFile(sysctlForward4, []byte("0"), 0) })
+	cfg.ProcSys = procSys
+	ensure(t, ns, cfg).Close()
+	for _, name := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
+		if got, err := os.ReadFile(filepath.Join(procSys, name)); err != nil || string(got) != "1" {
+			t.Errorf("%s = %q, %v, want 1", name, got, err)
+		}
+	}
+	if diff := cmp.Diff(map[string]string{sysctlForward4: "0", sysctlForward6: "0"}, recorded(t, cfg, "sysctls.json")); diff != "" {
+		t.Errorf("sysctls.json (-want +got):\n%s", diff)
+	}
+	inNS(t, ns, func() error {
+		if got, err := readSysctl(sysctlForward4); err != nil || got != "0" {
+			t.Errorf("%s = %s, %v, want it untouched", sysctlForward4, got, err)
+		}
+		return nil
+	})
+}
+
 // What Ensure changes on the machine it writes down, with the value from before Margay, and never twice.
 func TestChangesAreRemembered(t *testing.T) {
 	t.Parallel()

@@ -10,9 +10,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 const (
+	procSys        = "/proc/sys"
 	sysctlForward4 = "/proc/sys/net/ipv4/ip_forward"
 	sysctlForward6 = "/proc/sys/net/ipv6/conf/all/forwarding"
 	sysctlConf6    = "/proc/sys/net/ipv6/conf"
@@ -62,10 +64,22 @@ func changeSysctl(cfg Config, path, old, value string) error {
 	if err := remember(cfg, "sysctls.json", path, old); err != nil {
 		return err
 	}
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+	err := os.WriteFile(cfg.writable(path), []byte(value), 0)
+	if errors.Is(err, syscall.EROFS) {
+		return fmt.Errorf("set %s to %s: %w (in a container that is not privileged the agent needs the node's /proc/sys/net and --proc-sys)", path, value, err)
+	}
+	if err != nil {
 		return fmt.Errorf("set %s to %s: %w", path, value, err)
 	}
 	return nil
+}
+
+// writable returns where a setting that is named below /proc/sys can be written.
+func (c Config) writable(path string) string {
+	if c.ProcSys == "" {
+		return path
+	}
+	return filepath.Join(c.ProcSys, strings.TrimPrefix(path, procSys))
 }
 
 func ignoreMissing(err error) error {

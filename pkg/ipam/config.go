@@ -42,7 +42,7 @@ type Config struct {
 
 	// What follows matters to Add, Check and Status only. fault says what is wrong with it, so that Del and GC are not bothered.
 	section   ipamSection
-	plan      *plan // nil: take the ranges from rangesFile
+	plan      *plan // nil: take the ranges from rangesFile or the agent's node file
 	requested []netip.Addr
 	fault     error
 
@@ -170,42 +170,94 @@ func (c *Config) ready() (*plan, error) {
 	if c.plan != nil {
 		return c.plan, nil
 	}
-	return c.readRangesFile()
+	return c.foundRanges()
 }
 
-// readRangesFile makes ranges from the node's pod CIDRs, which the agent writes (by rename) when it has learnt them: one range set for
-// each family, in the order in which the families appear.
-func (c *Config) readRangesFile() (*plan, error) {
-	path := cmp.Or(c.section.RangesFile, filepath.Join(c.RunDir, "podcidrs.json"))
-	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, failf(types.ErrTryAgainLater, "no pod CIDR yet: ipam.ranges is not set and %s does not exist (the agent writes it)", path)
+// foundRanges makes ranges from the node's pod CIDRs: of rangesFile where the configuration names one, else of what the agent has learnt. Both
+// files are replaced by rename, and read anew by every call.
+func (c *Config) foundRanges() (*plan, error) {
+	path, read := c.section.RangesFile, readRangesFile
+	if path == "" {
+		path, read = filepath.Join(c.RunDir, nodeFile), readNodeFile
 	}
+	cidrs, err := read(path)
 	if err != nil {
-		return nil, failf(types.ErrIOFailure, "read pod CIDRs: %v", err)
+		return nil, err
 	}
-	var cidrs []string
-	if err := json.Unmarshal(data, &cidrs); err != nil {
-		return nil, failf(types.ErrDecodingFailure, "decode pod CIDRs in %s: %v", path, err)
-	}
-	if len(cidrs) == 0 {
-		return nil, failf(types.ErrTryAgainLater, "no pod CIDR yet: the list in %s is empty", path)
-	}
-	var confs [][]rangeConf
-	set := map[bool]int{}
-	for _, cidr := range cidrs {
-		v6 := strings.Contains(cidr, ":")
-		if _, ok := set[v6]; !ok {
-			set[v6] = len(confs)
-			confs = append(confs, nil)
-		}
-		confs[set[v6]] = append(confs[set[v6]], rangeConf{Subnet: cidr})
-	}
-	p, err := parsePlan(confs)
+	p, err := parsePlan(byFamily(cidrs))
 	if err != nil {
 		return nil, failf(types.ErrInvalidNetworkConfig, "pod CIDRs in %s: %v", path, err)
 	}
 	return p, nil
+}
+
+// readRangesFile reads a list of pod CIDRs that somebody other than the agent keeps.
+func readRangesFile(path string) (cidrs []string, err error) {
+	if err := readJSON(path, "whoever keeps the file that ipam.rangesFile names has not written it", &cidrs); err != nil {
+		return nil, err
+	}
+	if len(cidrs) == 0 {
+		return nil, failf(types.ErrTryAgainLater, "no pod CIDR yet: the list in %s is empty", path)
+	}
+	return cidrs, nil
+}
+
+// nodeFile is endpoint.NodeFile, of which the layouts up to nodeVersion are read here. The two packages do not know each other; a test
+// compares.
+const (
+	nodeFile    = "node.json"
+	nodeVersion = 1
+)
+
+// readNodeFile reads what the agent says of this node. It stays when the agent ends, and a reboot ends it: until the agent has seen the
+// cluster again nobody knows that the ranges are still this node's.
+func readNodeFile(path string) ([]string, error) {
+	var node struct {
+		Version  int      `json:"version"`
+		Name     string   `json:"name"`
+		PodCIDRs []string `json:"podCIDRs"`
+	}
+	const cure = "margay-agent writes it as soon as it knows the cluster, so look whether it runs and what it logs; without an agent set ipam.ranges"
+	if err := readJSON(path, cure, &node); err != nil {
+		return nil, err
+	}
+	if node.Version < 1 || node.Version > nodeVersion {
+		return nil, failf(types.ErrInvalidNetworkConfig, "%s has layout %d, want %d: install plugin and agent of one version", path, node.Version, nodeVersion)
+	}
+	if len(node.PodCIDRs) == 0 {
+		return nil, failf(types.ErrTryAgainLater, "no pod CIDR yet: node %s has none in spec.podCIDRs (the controller manager gives them out"+
+			" with --allocate-node-cidrs and --cluster-cidr); or set ipam.ranges", node.Name)
+	}
+	return node.PodCIDRs, nil
+}
+
+// readJSON decodes a file; cure says what to do when it is not there.
+func readJSON(path, cure string, into any) error {
+	data, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return failf(types.ErrTryAgainLater, "no pod CIDR yet: ipam.ranges is not set and %s does not exist (%s)", path, cure)
+	case err != nil:
+		return failf(types.ErrIOFailure, "read pod CIDRs: %v", err)
+	}
+	if err := json.Unmarshal(data, into); err != nil {
+		return failf(types.ErrDecodingFailure, "decode pod CIDRs in %s: %v", path, err)
+	}
+	return nil
+}
+
+// byFamily makes one range set for each family, in the order in which the families appear.
+func byFamily(cidrs []string) (sets [][]rangeConf) {
+	number := map[bool]int{}
+	for _, cidr := range cidrs {
+		v6 := strings.Contains(cidr, ":")
+		if _, ok := number[v6]; !ok {
+			number[v6] = len(sets)
+			sets = append(sets, nil)
+		}
+		sets[number[v6]] = append(sets[number[v6]], rangeConf{Subnet: cidr})
+	}
+	return sets
 }
 
 // prevIPs reads the addresses of a previous result of any version from 0.3.0 on. What cannot be read is left out: Check then says

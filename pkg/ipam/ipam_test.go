@@ -374,35 +374,6 @@ func TestDelAndGCWorkWithBrokenRanges(t *testing.T) {
 	verify(t, c)
 }
 
-func TestPodCIDRsFromFile(t *testing.T) {
-	dir := t.TempDir()
-	c := conf(t, dir, `"releaseCooldown":1`, nil)
-	path := filepath.Join(dir, "podcidrs.json")
-	_, err := Add(t.Context(), c, pod(0))
-	wantCode(t, err, 11, "no pod CIDR yet", path)
-	wantCode(t, Status(t.Context(), c), 50, "no pod CIDR yet")
-	write := func(s string) {
-		if err := os.WriteFile(path, []byte(s), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write(`[]`)
-	_, err = Add(t.Context(), c, pod(0))
-	wantCode(t, err, 11, "no pod CIDR yet")
-	write(`["fd00:7::/64","10.7.0.0/30"`)
-	_, err = Add(t.Context(), c, pod(0))
-	wantCode(t, err, 6, path)
-	write(`["fd00:7::/64","10.7.0.0/30","10.8.0.0/24"]`)
-	for i, want := range []string{"fd00:7::2,10.7.0.2", "fd00:7::3,10.8.0.2"} {
-		if got := add(t, c, pod(i)); got != want {
-			t.Errorf("Add = %s, want %s", got, want)
-		}
-	}
-	if err := Status(t.Context(), c); err != nil {
-		t.Errorf("Status = %v, want nil", err)
-	}
-}
-
 func TestRoutesAndDNSPassThrough(t *testing.T) {
 	dir := t.TempDir()
 	resolv := filepath.Join(dir, "resolv.conf")
