@@ -13,6 +13,8 @@ BENCHTIME ?= 1s
 FUZZTIME ?= 20s
 # How long soak goes on, in each routing mode.
 SOAKTIME ?= 60s
+# Flags of make conformance, for example CONFORMANCE_FLAGS='-groups base -focus smoke'; without -write the document stays as it is.
+CONFORMANCE_FLAGS ?= -write docs/conformance.md
 # Further flags for every go test, for example TESTFLAGS='-run TestAdd -v'.
 TESTFLAGS ?=
 # Kernels of test-vm.
@@ -44,7 +46,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -84,6 +86,11 @@ test-vm: ## Run the tests that need root on Debian's kernels 6.1 and 6.12 in emu
 
 soak: ## Open and close connections for SOAKTIME=60s in each routing mode while pods, policies, nodes and agents change (needs root)
 	go test -count=1 -timeout 30m -run '^TestSoak$$' -v $(TESTFLAGS) ./test/nodes -soak $(SOAKTIME)
+
+conformance: ## Run the upstream tests of SIG Network on the test cluster, or start one, and write docs/conformance.md (needs root)
+	hack/install-deps deps-cluster.txt
+	go build -o build/cluster/bin/conformance ./test/cluster/conformance
+	build/cluster/bin/conformance -up $(CONFORMANCE_FLAGS)
 
 lint: ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }

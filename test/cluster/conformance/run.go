@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"archive/tar"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/margay-cni/margay/test/cluster/lab"
+)
+
+// sigNetwork begins the name of every test of the SIG.
+const sigNetwork = "[sig-network]"
+
+// runner runs test programs on one cluster.
+type runner struct {
+	cluster  *lab.Cluster
+	options  options
+	selected selection
+}
+
+// bin returns the path of a built binary.
+func (r runner) bin(name string) string { return filepath.Join(r.cluster.Dir, "bin", name) }
+
+// focus is the expression of the tests to run. Without the group base only what the other groups claim.
+func (r runner) focus() string {
+	focus := regexp.QuoteMeta(sigNetwork)
+	if !r.selected[base] {
+		var patterns []string
+		for _, c := range categories {
+			if r.selected[c.group] {
+				patterns = append(patterns, c.pattern)
+			}
+		}
+		focus += ".*(" + strings.Join(patterns, "|") + ")"
+	}
+	if r.options.focus != "" {
+		focus += ".*(" + r.options.focus + ")"
+	}
+	return focus
+}
+
+// e2e runs Kubernetes' end-to-end tests. An error together with a report means that the run did not end well.
+func (r runner) e2e(ctx context.Context) (report, error) {
+	out := filepath.Join(r.options.reports, "e2e")
+	if err := os.RemoveAll(out); err != nil { // an old report must not be taken for the new one
+		return report{}, err
+	}
+	if err := os.MkdirAll(out, 0o755); err != nil {
+		return report{}, err
+	}
+	argv := []string{
+		r.bin("ginkgo"), fmt.Sprintf("--procs=%d", r.options.procs), "--timeout=" + r.options.timeout.String(), "--no-color", "-v",
+		"--focus=" + r.focus(), "--skip=" + r.selected.skip(), r.bin("e2e.test"), "--",
+		"--kubeconfig=" + r.cluster.Kubeconfig(), "--kubectl-path=" + r.bin("kubectl"), "--provider=skeleton", "--dns-domain=cluster.local",
+		"--num-nodes=-1", "--allowed-not-ready-nodes=0", "--minStartupPods=0", "--dump-logs-on-failure=true",
+		"--e2e-output-dir=" + out, "--report-dir=" + out,
+	}
+	runErr := r.logged(ctx, filepath.Join(out, "ginkgo.log"), argv)
+	got, err := readReport(filepath.Join(out, "junit_01.xml"), sigNetwork)
+	return got, errors.Join(runErr, err)
+}
+
+// logged runs a command with its output in a file, and shows on standard output one line for each test that ended.
+func (r runner) logged(ctx context.Context, path string, argv []string) error {
+	log, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	// Longer than the suite's own limit, which ends it in an orderly way and with a report.
+	ctx, cancel := context.WithTimeout(ctx, r.options.timeout+10*time.Minute)
+	defer cancel()
+	cmd, err := r.cluster.Command(ctx, argv...)
+	if err != nil {
+		return errors.Join(err, log.Close())
+	}
+	shown := &progress{to: os.Stdout}
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(log, shown), log
+	// The names of the images are those that were packed, whatever the caller's shell says.
+	cmd.Env = append(cmd.Env, "KUBE_TEST_REPO_LIST=", "KUBE_TEST_REPO=")
+	// Interrupted suites still clean up and report.
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
+	cmd.WaitDelay = 2 * time.Minute
+	fmt.Printf("running %s; its output: %s\n", filepath.Base(argv[0]), path)
+	if err := cmd.Run(); err != nil {
+		return errors.Join(fmt.Errorf("%s: %w, see %s", filepath.Base(argv[0]), err, path), log.Close())
+	}
+	return log.Close()
+}
+
+// unaccounted returns an error for tests that were not run although nothing leaves them out. With a focus that is what was asked for.
+func (r runner) unaccounted(got report) error {
+	if r.options.focus != "" || !r.selected[base] {
+		return nil
+	}
+	var names []string
+	for _, t := range got.tests {
+		if t.outcome == notRun && r.selected.whyNot(t.name) == "" {
+			names = append(names, t.name)
+		}
+	}
+	if len(names) > 0 {
+		return fmt.Errorf("%d tests were not run, and nobody knows why: %s", len(names), strings.Join(names, "; "))
+	}
+	return nil
+}
+
+// checkImages compares the images that were packed with those that the tests ask for: of a repository that we have, the tag must be there
+// too. Otherwise an upgrade would only show in pods that never start.
+func (r runner) checkImages(ctx context.Context) error {
+	listed, err := exec.CommandContext(ctx, r.bin("e2e.test"), "--list-images").Output()
+	if err != nil {
+		return fmt.Errorf("list the images of the tests: %w: build it with go run ./test/cluster build", err)
+	}
+	packed, err := packedImages(filepath.Join(r.cluster.Dir, "images"))
+	if err != nil {
+		return err
+	}
+	return missingImages(strings.Fields(string(listed)), packed)
+}
+
+// missingImages returns an error that names the wanted images whose repository is packed, but not with that tag.
+func missingImages(wanted, packed []string) error {
+	repositories := map[string]bool{}
+	for _, image := range packed {
+		repositories[repository(image)] = true
+	}
+	var missing []string
+	for _, image := range wanted {
+		if repositories[repository(image)] && !slices.Contains(packed, image) {
+			missing = append(missing, image)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("the tests want images that are not packed: %s: name them in test/cluster/images", strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// repository returns an image's name without its tag.
+func repository(image string) string {
+	if colon := strings.LastIndex(image, ":"); colon > strings.LastIndex(image, "/") {
+		return image[:colon]
+	}
+	return image
+}
+
+// packedImages returns the names in the docker-archives of a directory.
+func packedImages(dir string) ([]string, error) {
+	archives, err := filepath.Glob(filepath.Join(dir, "*.tar"))
+	if err != nil {
+		return nil, err
+	}
+	if len(archives) == 0 {
+		return nil, fmt.Errorf("no images in %s", dir)
+	}
+	var names []string
+	for _, path := range archives {
+		tags, err := imageNames(path)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		names = append(names, tags...)
+	}
+	return names, nil
+}
+
+// imageNames returns the names in one docker-archive.
+func imageNames(path string) ([]string, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() // only read from
+	for t := tar.NewReader(file); ; {
+		h, err := t.Next()
+		if err != nil {
+			return nil, fmt.Errorf("look for manifest.json: %w", err)
+		}
+		if h.Name != "manifest.json" {
+			continue
+		}
+		var manifest []struct{ RepoTags []string }
+		if err := json.NewDecoder(t).Decode(&manifest); err != nil {
+			return nil, err
+		}
+		var names []string
+		for _, image := range manifest {
+			names = append(names, image.RepoTags...)
+		}
+		return names, nil
+	}
+}
