@@ -35,7 +35,7 @@ export BPF2GO_STRIP := llvm-strip-19
 export BPF2GO_CFLAGS := -O2 -g -Wall -Wextra -Werror -mcpu=v3 -nostdinc -fno-ident -I../../bpf
 
 # Modules with tests beside the main one, so that what they require stays out of its go.mod.
-MODULES := hack/image
+MODULES := hack/image hack/manifests
 
 STATICCHECK := go tool -modfile=hack/tools/go.mod staticcheck
 SCRIPTS = $(shell grep -rlE '^#!.*\b(ba)?sh\b' hack .ci)
@@ -46,7 +46,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules manifests
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -63,6 +63,9 @@ image: build ## Pack the binaries into an OCI image, build/margay-image.tar (no 
 	cd hack/image && go run . --bin ../../bin --source ../.. --output ../../build/margay-image.tar \
 		--version '$(VERSION)' --tag 'margay-cni/margay:$(VERSION)' --tag margay-cni/margay:latest \
 		--commit "$$(git rev-parse HEAD 2>/dev/null || true)" --created "$$(git show -s --format=%cI HEAD 2>/dev/null || echo 1970-01-01T00:00:00Z)"
+
+manifests: ## Render install/kubernetes/margay.yaml from the Helm chart
+	cd hack/manifests && go run . --chart ../../install/helm/margay --output ../../install/kubernetes/margay.yaml
 
 demo: build ## Show Margay at work: real pods, packets and bytes on this machine (needs root)
 	./hack/demo

@@ -33,6 +33,7 @@ var loaders = []struct {
 	load    func(t *testing.T, content []byte)
 }{
 	{conf.ConflistName, loadConflist},
+	{"kubernetes/" + conf.ConflistName, loadConflist},
 	{"nodes.yaml", loadNodes},
 	{"demo/*.yaml", loadManifest},
 	{"demo/later/*.yaml", loadManifest},
@@ -165,6 +166,25 @@ func TestConflistAssignsAddresses(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string{"10.244.0.0/24", "fd00:244::/64"}, got); diff != "" {
 		t.Errorf("subnets of the assigned addresses (-want +got):\n%s", diff)
+	}
+}
+
+// TestKubernetesConflistTakesTheNodesRanges: it differs from the other one in nothing but the ranges, which are the Node object's.
+func TestKubernetesConflistTakesTheNodesRanges(t *testing.T) {
+	content, err := os.ReadFile("kubernetes/" + conf.ConflistName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var byHand, forKubernetes map[string]any
+	for from, into := range map[string]*map[string]any{string(conf.Conflist): &byHand, string(content): &forKubernetes} {
+		if err := json.Unmarshal([]byte(from), into); err != nil {
+			t.Fatal(err)
+		}
+	}
+	section := byHand["plugins"].([]any)[0].(map[string]any)["ipam"].(map[string]any)
+	delete(section, "ranges")
+	if diff := cmp.Diff(byHand, forKubernetes); diff != "" {
+		t.Errorf("conflist without its ranges and the one for Kubernetes (-want +got):\n%s", diff)
 	}
 }
 

@@ -32,6 +32,11 @@ func install(ctx context.Context, o *options, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if o.requireBPFFS {
+		if err := requireBPFFS(o); err != nil {
+			return err
+		}
+	}
 	binaries, err := sources(o)
 	if err != nil {
 		return err
@@ -53,11 +58,13 @@ func install(ctx context.Context, o *options, stdout io.Writer) error {
 			return err
 		}
 	}
-	if err := installConflist(o, m, content, stdout); err != nil {
-		return err
+	if !o.binariesOnly {
+		if err := installConflist(ctx, o, m, content, stdout); err != nil {
+			return err
+		}
 	}
-	if o.dryRun {
-		return nil
+	if err := warnOfRivals(o, stdout); err != nil || o.dryRun {
+		return err
 	}
 	return m.save(o)
 }
@@ -80,6 +87,9 @@ func sources(o *options) ([]binary, error) {
 			found = append(found, b)
 		}
 	}
+	if o.conflistOnly {
+		return nil, nil
+	}
 	add(o.cniBinDir, plugins)
 	if o.binDir != "" {
 		add(o.binDir, tools)
@@ -89,8 +99,11 @@ func sources(o *options) ([]binary, error) {
 
 // prepare makes the directories and writes down what is about to be installed.
 func prepare(o *options, m *manifest, binaries []binary) error {
-	dirs := []string{o.stateDir, o.cniBinDir, o.cniConfDir}
-	if o.binDir != "" {
+	dirs := []string{o.stateDir, o.cniConfDir}
+	if !o.conflistOnly {
+		dirs = append(dirs, o.cniBinDir)
+	}
+	if !o.conflistOnly && o.binDir != "" {
 		dirs = append(dirs, o.binDir)
 	}
 	for _, dir := range dirs {
@@ -132,23 +145,51 @@ func place(o *options, path string, content []byte, mode fs.FileMode, stdout io.
 	return nil
 }
 
-// installConflist keeps a conflist that somebody has edited: every real node has its own address ranges in it.
-func installConflist(o *options, m *manifest, content []byte, stdout io.Writer) error {
+// installConflist keeps a conflist that somebody has edited: every real node has its own address ranges in it. With --conflist-only one that
+// has to be written waits until the runtime may start pods; one that is in place already is no business of the agent's, so that an agent
+// that starts again needs nobody.
+func installConflist(ctx context.Context, o *options, m *manifest, content []byte, stdout io.Writer) error {
 	path := o.conflistPath()
 	have, err := os.ReadFile(o.at(path))
+	missing := errors.Is(err, fs.ErrNotExist)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
+	case err != nil && !missing:
 		return fmt.Errorf("read the installed conflist: %w", err)
-	case !o.force && digest(have) != digest(content) && digest(have) != m.Conflists[path]:
+	case missing || digest(have) == digest(content):
+	case !o.force && digest(have) != m.Conflists[path]:
 		report(stdout, "kept", path+" (edited on this node; --force replaces it)")
 		return nil
+	}
+	if o.conflistOnly && digest(have) != digest(content) {
+		if err := awaitReady(ctx, o, content, stdout); err != nil {
+			return err
+		}
 	}
 	if err := place(o, path, content, 0o644, stdout); err != nil {
 		return err
 	}
 	m.Conflists[path] = digest(content)
 	return nil
+}
+
+// warnOfRivals names the files that a runtime takes instead of our conflist. They are another's, so they stay.
+func warnOfRivals(o *options, stdout io.Writer) error {
+	entries, err := os.ReadDir(o.at(o.cniConfDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("look for other configurations: %w", err)
+	}
+	for _, e := range entries {
+		if isConfiguration(e.Name()) && e.Name() < conf.ConflistName {
+			report(stdout, "warning", fmt.Sprintf("%s sorts before %s: the runtime takes it, and new pods do not get Margay; remove it once its plugin is gone",
+				filepath.Join(o.cniConfDir, e.Name()), conf.ConflistName))
+		}
+	}
+	return nil
+}
+
+// isConfiguration tells what containerd and CRI-O read.
+func isConfiguration(name string) bool {
+	return slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(name))
 }
 
 // conflistContent returns the conflist to install. A runtime that finds a broken one takes the node out of service, so it is looked

@@ -17,6 +17,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/margay-cni/margay/conf"
 )
@@ -59,12 +60,20 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "margay-install:", err)
 		return exitFailed
 	}
+	if o.stay {
+		<-ctx.Done()
+	}
 	return exitOK
 }
 
 // options is what the flags say. Every directory of the node is a path as the node sees it: at() puts root before it.
 type options struct {
 	uninstall, force, dryRun, version bool
+
+	binariesOnly, conflistOnly bool
+	requireBPFFS               bool
+	wait                       time.Duration // for ADD to be able to serve, with conflistOnly
+	stay                       bool          // after uninstalling
 
 	root       string // the node's root directory, as this process sees it
 	cniBinDir  string
@@ -86,6 +95,11 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	fs.BoolVar(&o.uninstall, "uninstall", false, "remove every trace of Margay from this node")
 	fs.BoolVar(&o.force, "force", false, "replace an edited conflist; uninstall although pods are attached or an agent runs")
 	fs.BoolVar(&o.dryRun, "dry-run", false, "print what would be done, and do nothing")
+	fs.BoolVar(&o.binariesOnly, "binaries-only", false, "install everything but the conflist")
+	fs.BoolVar(&o.conflistOnly, "conflist-only", false, "install the conflist only, and only if pods can start: an agent has seen the cluster, and there are addresses")
+	fs.DurationVar(&o.wait, "wait", 0, "how long --conflist-only waits until pods can start; 0: look once")
+	fs.BoolVar(&o.requireBPFFS, "require-bpffs", false, "refuse a node that has no BPF file system at /sys/fs/bpf")
+	fs.BoolVar(&o.stay, "stay", false, "after --uninstall, stay until a signal comes: for a DaemonSet, whose containers are not to end")
 	fs.BoolVar(&o.version, "version", false, "print the version")
 	fs.StringVar(&o.root, "root", "/", "root `directory` of the node; goes before every directory of the node below")
 	fs.StringVar(&o.cniBinDir, "cni-bin-dir", "/opt/cni/bin", "`directory` where the runtime looks for plugins")
@@ -118,6 +132,16 @@ func (o *options) complete() error {
 		o.sourceDir = filepath.Dir(self)
 	}
 	var errs []error
+	switch {
+	case o.binariesOnly && o.conflistOnly:
+		errs = append(errs, errors.New("--binaries-only and --conflist-only leave nothing to install"))
+	case o.uninstall && (o.binariesOnly || o.conflistOnly):
+		errs = append(errs, errors.New("--uninstall removes everything: --binaries-only and --conflist-only are for installing"))
+	case o.wait != 0 && !o.conflistOnly:
+		errs = append(errs, errors.New("--wait is for --conflist-only"))
+	case o.stay && !o.uninstall:
+		errs = append(errs, errors.New("--stay is for --uninstall"))
+	}
 	for flag, dir := range map[string]string{
 		"root": o.root, "cni-bin-dir": o.cniBinDir, "cni-conf-dir": o.cniConfDir, "state-dir": o.stateDir, "run-dir": o.runDir, "bpffs": o.bpffs,
 	} {

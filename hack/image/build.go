@@ -23,7 +23,10 @@ import (
 var binaries = []string{"margay", "margay-agent", "margay-install", "margay-ipam", "margayctl"}
 
 // directories exist in the image. What the DaemonSet mounts is made by the runtime.
-var directories = []string{"usr/", "usr/bin/", "usr/share/", "usr/share/licenses/", "usr/share/licenses/margay/"}
+var directories = []string{"run/", "usr/", "usr/bin/", "usr/share/", "usr/share/licenses/", "usr/share/licenses/margay/", "var/"}
+
+// varRun is as on every node: container runtimes name pods' namespaces below /var/run, and mount them below /run.
+const varRun, varRunTarget = "var/run", "../run"
 
 // licences are files of the repository that go with the binaries.
 var licences = []string{"LICENSE", "bpf/LICENSE", "bpf/LICENSE.GPL-2.0"}
@@ -99,6 +102,10 @@ func layerTar(o options) ([]byte, error) {
 		if err := add(name, 0o755, nil); err != nil {
 			return nil, err
 		}
+	}
+	link := &tar.Header{Name: varRun, Linkname: varRunTarget, Typeflag: tar.TypeSymlink, Mode: 0o777, ModTime: o.created, Format: tar.FormatPAX}
+	if err := w.WriteHeader(link); err != nil {
+		return nil, err
 	}
 	for _, name := range binaries {
 		content, err := os.ReadFile(filepath.Join(o.bin, name))

@@ -99,7 +99,7 @@ func TestContents(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got = append(got, fmt.Sprintf("%s %s", h.FileInfo().Mode(), h.Name))
+		got = append(got, strings.TrimSpace(fmt.Sprintf("%s %s %s", h.FileInfo().Mode(), h.Name, h.Linkname)))
 		if h.Uid != 0 || h.Gid != 0 || !h.ModTime.Equal(made) {
 			t.Errorf("%s: owner %d:%d, time %v, want root's, %v", h.Name, h.Uid, h.Gid, h.ModTime, made)
 		}
@@ -123,11 +123,14 @@ func TestContents(t *testing.T) {
 		"-r-xr-xr-x usr/bin/margay-install",
 		"-r-xr-xr-x usr/bin/margay-ipam",
 		"-r-xr-xr-x usr/bin/margayctl",
+		"Lrwxrwxrwx var/run ../run",
+		"drwxr-xr-x run/",
 		"drwxr-xr-x usr/",
 		"drwxr-xr-x usr/bin/",
 		"drwxr-xr-x usr/share/",
 		"drwxr-xr-x usr/share/licenses/",
 		"drwxr-xr-x usr/share/licenses/margay/",
+		"drwxr-xr-x var/",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("files (-want +got):\n%s", diff)
