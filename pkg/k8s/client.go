@@ -130,11 +130,13 @@ func (c *Config) access() (*rest.Config, []address, error) {
 		return nil, nil, fmt.Errorf("service account of the pod (outside of a pod use --kubeconfig): %w", err)
 	}
 	addresses, err := c.found()
-	return &rest.Config{
+	config := &rest.Config{
 		Host:            "https://" + serverName,
-		BearerTokenFile: token,
 		TLSClientConfig: rest.TLSClientConfig{CAFile: filepath.Join(c.ServiceAccountDir, "ca.crt")},
-	}, addresses, err
+	}
+	// Unlike BearerTokenFile this reads the file at once when the server does not believe the token any more.
+	config.Wrap(transport.ResettableTokenSourceWrapTransport(transport.NewCachedFileTokenSource(token)))
+	return config, addresses, err
 }
 
 // fromKubeconfig takes everything from the file. Its server, or the operator's, is the one to use: whoever wrote it knows whether that is

@@ -144,7 +144,24 @@ func (s *Source) kinds() ([]*kind, error) {
 			return nil, err
 		}
 	}
-	return all, nil
+	c, err := s.client.rest(policyGroup, runtime.ContentTypeJSON)
+	return append(all, &kind{
+		name: "clusternetworkpolicies", optional: true, sink: sinkOf[string, state.ClusterNetworkPolicy]{&s.clusterPolicies, named},
+		api: &rawAPI{client: c, resource: "clusternetworkpolicies"}, convert: s.clusterPolicy,
+	}), err
+}
+
+// policyGroup is that of ClusterNetworkPolicy, which is a custom resource.
+var policyGroup = schema.GroupVersion{Group: "policy.networking.k8s.io", Version: "v1alpha2"}
+
+// clusterPolicy trims a policy. What it has that nobody knows is kept as being there (row C5).
+func (s *Source) clusterPolicy(o runtime.Object) any {
+	p, err := state.FromClusterNetworkPolicy(o.(*rawObject).raw)
+	if err != nil {
+		// The API server has stored it under a name, so it can be read that far.
+		s.cfg.Log.Error("a ClusterNetworkPolicy is of no use", "name", o.(*rawObject).Name, "err", err)
+	}
+	return p
 }
 
 // follow keeps a kind's table up to date until ctx ends.

@@ -54,14 +54,15 @@ type Source struct {
 	// dirty has an element when there may be something to publish.
 	dirty chan struct{}
 
-	mu         sync.Mutex
-	pods       table[state.Key, state.Pod]
-	services   table[state.Key, state.Service]
-	slices     table[state.Key, state.EndpointSlice]
-	nodes      table[string, state.Node]
-	namespaces table[string, state.Namespace]
-	policies   table[state.Key, state.NetworkPolicy]
-	cidrs      table[string, state.ServiceCIDR]
+	mu              sync.Mutex
+	pods            table[state.Key, state.Pod]
+	services        table[state.Key, state.Service]
+	slices          table[state.Key, state.EndpointSlice]
+	nodes           table[string, state.Node]
+	namespaces      table[string, state.Namespace]
+	policies        table[state.Key, state.NetworkPolicy]
+	cidrs           table[string, state.ServiceCIDR]
+	clusterPolicies table[string, state.ClusterNetworkPolicy]
 	// changed says that something has changed since the last snapshot, synced that every kind has been read whole once.
 	changed, synced bool
 	// serversErr is why the API servers' addresses are not remembered.
@@ -154,13 +155,14 @@ func (s *Source) snapshot() *state.Snapshot {
 		s.cfg.Log.Info("everything has been read", "pods", len(s.pods.live), "services", len(s.services.live), "slices", len(s.slices.live))
 	}
 	return &state.Snapshot{
-		Namespaces:      s.namespaces.share(),
-		Pods:            s.pods.share(),
-		Services:        s.services.share(),
-		EndpointSlices:  s.slices.share(),
-		NetworkPolicies: s.policies.share(),
-		Nodes:           s.nodes.share(),
-		ServiceCIDRs:    s.cidrs.share(),
+		Namespaces:             s.namespaces.share(),
+		Pods:                   s.pods.share(),
+		Services:               s.services.share(),
+		EndpointSlices:         s.slices.share(),
+		NetworkPolicies:        s.policies.share(),
+		Nodes:                  s.nodes.share(),
+		ServiceCIDRs:           s.cidrs.share(),
+		ClusterNetworkPolicies: s.clusterPolicies.share(),
 	}
 }
 

@@ -47,6 +47,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 	if all := s.faults[""]; all.Code != 0 || all.Stall != nil {
 		fault = all
 	}
+	token := s.token
 	s.mu.Unlock()
 	e := negotiate(r.Header.Get("Accept"))
 	if fault.Stall != nil {
@@ -57,7 +58,7 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	switch st := s.storeOf(resource); {
-	case r.Header.Get("Authorization") != "Bearer "+s.token:
+	case r.Header.Get("Authorization") != "Bearer "+token:
 		e.refuse(w, http.StatusUnauthorized, resource, "Unauthorized")
 	case fault.Code != 0:
 		e.refuse(w, fault.Code, resource, "apitest was told to")

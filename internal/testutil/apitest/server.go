@@ -260,3 +260,10 @@ func (s *Server) makeCertificate() {
 	s.ca = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER})
 	s.cert = tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
+
+// SetToken replaces the token that the server accepts.
+func (s *Server) SetToken(token string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.token = token
+}

@@ -40,14 +40,14 @@ type event struct {
 // ClusterNetworkPolicies is the resource of ClusterNetworkPolicy.
 const ClusterNetworkPolicies = "clusternetworkpolicies"
 
-// resources that the server always serves. ClusterNetworkPolicies come with Serve.
+// resources that the server serves from the start. ClusterNetworkPolicies come with Serve.
 var resources = []string{"pods", "services", "endpointslices", "nodes", "namespaces", "networkpolicies", "servicecidrs", "events"}
 
 func (s *Server) storeOf(resource string) *store {
 	s.lock.Lock()
 	defer s.lock.Unlock()
-	st := s.stores[resource]
-	if st == nil && slices.Contains(resources, resource) {
+	st, known := s.stores[resource]
+	if !known && slices.Contains(resources, resource) {
 		st = newStore()
 		s.stores[resource] = st
 	}
@@ -71,7 +71,7 @@ func (s *Server) Serve(resource string) {
 func (s *Server) Unserve(resource string) {
 	s.lock.Lock()
 	st := s.stores[resource]
-	delete(s.stores, resource)
+	s.stores[resource] = nil
 	s.lock.Unlock()
 	if st != nil {
 		st.end()
