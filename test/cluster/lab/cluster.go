@@ -3,7 +3,7 @@
 package lab
 
 import (
-	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -52,9 +53,15 @@ func (o Options) validate() error {
 // Cluster is a cluster that was started, whether it still runs or not.
 type Cluster struct {
 	Options
-	// ID is part of the cgroups' name, so that clusters of several working copies do not meet.
 	ID      string
 	cgroups []machine.Hierarchy
+}
+
+// ID returns what a cluster's cgroups are called by. It follows from the absolute directory and the name, so that clusters of several
+// working copies do not meet, and that the cgroups of one are found when nothing else is left of it.
+func ID(dir, name string) string {
+	sum := sha256.Sum256([]byte(stateDir(dir, name)))
+	return hex.EncodeToString(sum[:4])
 }
 
 const clusterFile = "cluster.json"
@@ -123,9 +130,6 @@ func Open(dir, name string) (*Cluster, error) {
 
 // create makes the state directory of a new cluster.
 func create(o Options) (*Cluster, error) {
-	if err := o.validate(); err != nil {
-		return nil, err
-	}
 	dir, err := filepath.Abs(o.Dir)
 	if err != nil {
 		return nil, err
@@ -138,31 +142,33 @@ func create(o Options) (*Cluster, error) {
 	if _, err := os.Stat(c.State()); err == nil {
 		return nil, fmt.Errorf("cluster %s exists already: make cluster-down", c.Name)
 	}
-	id := make([]byte, 4)
-	if _, err := rand.Read(id); err != nil {
-		return nil, err
-	}
-	c.ID = hex.EncodeToString(id)
+	c.ID = ID(c.Dir, c.Name)
 	if err := os.MkdirAll(c.State(), 0o755); err != nil {
 		return nil, err
 	}
 	return c, writeJSON(filepath.Join(c.State(), clusterFile), c)
 }
 
-// lock keeps others from making or ending clusters of this directory until release is called, or this process ends.
-func lock(dir string) (release func(), err error) {
+// lock keeps others from making or ending the cluster until release is called, or this process ends. It waits a little: a process that
+// was killed may leave a child that has not started its program yet, and holds the lock until then.
+func lock(dir, name string) (release func(), err error) {
 	if err := os.MkdirAll(filepath.Join(dir, "state"), 0o755); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "state", ".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, "state", ".lock-"+name), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("another process makes or ends a cluster in %s: %w", dir, err)
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		if time.Now().After(deadline) {
+			_ = f.Close()
+			return nil, fmt.Errorf("another process makes or ends cluster %s of %s: %w", name, dir, err)
+		}
 	}
-	return func() { _ = f.Close() }, nil
 }
 
 // Down ends a cluster and removes everything of it, whatever state it is in; without it there is nothing to do.
@@ -171,10 +177,13 @@ func Down(dir, name string) error {
 	if err != nil {
 		return err
 	}
+	if !nameFormat.MatchString(name) {
+		return fmt.Errorf("name %q: no cluster has such a name", name)
+	}
 	if _, err := os.Stat(stateDir(dir, name)); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	release, err := lock(dir)
+	release, err := lock(dir, name)
 	if err != nil {
 		return err
 	}

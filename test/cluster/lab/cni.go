@@ -7,7 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -72,26 +72,24 @@ func (c *Cluster) eachPodRange(ctx context.Context, f func(n *Node, r podRange) 
 	return nil
 }
 
-func (c *Cluster) installCNI(ctx context.Context) error {
+// installCNI starts the cluster's network.
+func (c *Cluster) installCNI(ctx context.Context, log *slog.Logger) error {
 	switch c.CNI {
 	case "reference":
 		return c.installReference(ctx)
 	case "margay":
-		return c.installMargay(ctx)
+		if !c.margayBuilt() {
+			log.Warn("there is no image of Margay, so the nodes stay without network: make image", "image", c.margayImage())
+			return nil
+		}
+		return c.InstallMargay(ctx)
 	}
 	return nil
 }
 
 // hasNetwork reports whether Up installed a network.
 func (c *Cluster) hasNetwork() bool {
-	switch c.CNI {
-	case "reference":
-		return true
-	case "margay":
-		_, err := os.Stat(c.margayImage())
-		return err == nil
-	}
-	return false
+	return c.CNI == "reference" || c.CNI == "margay" && c.margayBuilt()
 }
 
 // installReference sets up what the harness is checked with: ptp and host-local with the nodes' pod ranges, static routes, kube-proxy.
@@ -199,20 +197,4 @@ func copyProgram(from, to string) error {
 		return err
 	}
 	return os.WriteFile(to, b, 0o755)
-}
-
-// margayImage is Margay's image as make image builds it.
-func (c *Cluster) margayImage() string { return filepath.Join(filepath.Dir(c.Dir), "margay-image.tar") }
-
-// installMargay installs Margay the way users do: the image, and one kubectl apply. Without an image the cluster stays without network.
-func (c *Cluster) installMargay(ctx context.Context) error {
-	if _, err := os.Stat(c.margayImage()); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err := c.eachNode(func(n *Node) error { return n.ImportImages(ctx, c.margayImage()) }); err != nil {
-		return err
-	}
-	manifest := filepath.Join(filepath.Dir(c.Dir), "..", "install", "kubernetes", "margay.yaml")
-	_, err := c.Kubectl(ctx, "apply", "--filename="+manifest)
-	return err
 }

@@ -96,7 +96,7 @@ func (c *Cluster) controlSpec() machine.Spec {
 			"--leader-elect=false", "--allocate-node-cidrs=true", "--cluster-cidr=" + join(c.PodRanges()),
 			"--service-cluster-ip-range=" + join(c.ServiceRanges()), "--service-account-private-key-file=" + c.pki("sa.key"),
 			"--root-ca-file=" + c.pki("ca.crt"), "--cluster-signing-cert-file=" + c.pki("ca.crt"), "--cluster-signing-key-file=" + c.pki("ca.key"),
-			"--use-service-account-credentials=true"}, masks...)},
+			"--use-service-account-credentials=true", "--flex-volume-plugin-dir=/var/lib/flexvolume"}, masks...)},
 		Scheduler: {Argv: []string{c.bin("kube-scheduler"), "--kubeconfig=" + c.pki(Scheduler+".conf"), "--leader-elect=false"}},
 	}
 	return machine.Spec{Hostname: "control", Keep: []string{c.Dir}, Cgroups: c.cgroups, Services: services, Files: hostFiles("control")}

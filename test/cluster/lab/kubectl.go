@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -83,14 +84,17 @@ func podRanges(n *corev1.Node) ([]netip.Prefix, error) {
 	return all, nil
 }
 
-// ready reports a node's condition Ready as an error if it is not true.
-func ready(n *corev1.Node) error {
+// ready returns an error unless a node's condition Ready is true, and was said after since. The API server keeps whole seconds.
+func ready(n *corev1.Node, since time.Time) error {
 	for _, cond := range n.Status.Conditions {
-		if cond.Type == corev1.NodeReady {
-			if cond.Status == corev1.ConditionTrue {
-				return nil
-			}
+		switch {
+		case cond.Type != corev1.NodeReady:
+		case cond.LastHeartbeatTime.Time.Before(since.Truncate(time.Second)):
+			return fmt.Errorf("node %s has said nothing since its start at %s", n.Name, since)
+		case cond.Status != corev1.ConditionTrue:
 			return fmt.Errorf("node %s is not ready: %s: %s", n.Name, cond.Reason, cond.Message)
+		default:
+			return nil
 		}
 	}
 	return fmt.Errorf("node %s has no condition Ready yet", n.Name)

@@ -54,7 +54,7 @@ func (m *Machine) PID() (int, error) {
 	return p.PID, nil
 }
 
-// PowerOn makes the machine's namespaces and cgroups and starts its first process, but no service. plug is called in between: it connects
+// powerOn makes the machine's namespaces and cgroups and starts its first process, but no service. plug is called in between: it connects
 // the machine's network namespace.
 func (m *Machine) powerOn(plug func(pid int) error) error {
 	if m.Running() {

@@ -25,7 +25,11 @@ const (
 	KubeProxy  = "kube-proxy" // with the CNI reference only
 )
 
-const containerdSocket = "/run/containerd/containerd.sock"
+// Paths inside a node.
+const (
+	containerdSocket  = "/run/containerd/containerd.sock"
+	kubeletKubeconfig = "/etc/kubernetes/kubelet.conf"
+)
 
 // Node is a machine that runs pods.
 type Node struct {
@@ -62,6 +66,12 @@ func (n *Node) spec() (machine.Spec, error) {
 		return machine.Spec{}, err
 	}
 	files["/etc/kubernetes/kubelet.json"] = config
+	// Where kubeadm puts it, too: Margay's agent learns from it how to reach the API server.
+	kubeconfig, err := os.ReadFile(n.c.pki(n.Name + ".conf"))
+	if err != nil {
+		return machine.Spec{}, err
+	}
+	files[kubeletKubeconfig] = string(kubeconfig)
 	var addrs []string
 	for _, a := range n.Addresses() {
 		addrs = append(addrs, a.String())
@@ -70,7 +80,7 @@ func (n *Node) spec() (machine.Spec, error) {
 		Hostname: n.Name, Keep: []string{n.c.Dir}, Cgroups: n.c.cgroups, Sysctls: kubeletSysctls, Files: files,
 		Services: map[string]machine.Service{
 			Containerd: {Argv: []string{n.c.bin("containerd"), "--config", "/etc/containerd/config.toml"}},
-			Kubelet: {Argv: []string{n.c.bin("kubelet"), "--config=/etc/kubernetes/kubelet.json", "--kubeconfig=" + n.c.pki(n.Name+".conf"),
+			Kubelet: {Argv: []string{n.c.bin("kubelet"), "--config=/etc/kubernetes/kubelet.json", "--kubeconfig=" + kubeletKubeconfig,
 				"--hostname-override=" + n.Name, "--node-ip=" + strings.Join(addrs, ","), "--cert-dir=/var/lib/kubelet/pki",
 				fmt.Sprintf("--node-labels=topology.kubernetes.io/zone=zone%d", n.Number), "--v=2"}},
 		},
@@ -125,7 +135,7 @@ func (n *Node) kubeletConfig() (string, error) {
 	return string(b), err
 }
 
-// start starts the node's machine, containerd and kubelet, and gives containerd the images.
+// start starts the node's machine, containerd and kubelet.
 func (n *Node) start(ctx context.Context) error {
 	if err := n.powerOn(n.c.plugNode(n)); err != nil {
 		return err
@@ -133,10 +143,11 @@ func (n *Node) start(ctx context.Context) error {
 	if err := n.Start(Containerd); err != nil {
 		return err
 	}
-	if err := n.Start(Kubelet); err != nil {
+	// Kubelet waits for nothing: it ends when containerd does not answer.
+	if err := n.waitContainerd(ctx); err != nil {
 		return err
 	}
-	return n.waitContainerd(ctx)
+	return n.Start(Kubelet)
 }
 
 func (n *Node) waitContainerd(ctx context.Context) error {

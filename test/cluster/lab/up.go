@@ -13,11 +13,14 @@ import (
 
 // Up makes a cluster. If it cannot be made, what there is of it stays for whoever wants to look, until Down. Build first (package build).
 func Up(ctx context.Context, o Options, log *slog.Logger) (*Cluster, error) {
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
 	dir, err := filepath.Abs(o.Dir)
 	if err != nil {
 		return nil, err
 	}
-	release, err := lock(dir)
+	release, err := lock(dir, o.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -36,7 +39,7 @@ func Up(ctx context.Context, o Options, log *slog.Logger) (*Cluster, error) {
 		{"start the controllers", c.startControllers},
 		{"import images", c.importImages},
 		{"wait for the nodes' pod ranges", c.routePods},
-		{"start the network", c.installCNI},
+		{"start the network", func(ctx context.Context) error { return c.installCNI(ctx, log) }},
 		{"start DNS", c.installDNS},
 		{"wait until everything is ready", c.waitUp},
 	}
@@ -85,7 +88,7 @@ func (c *Cluster) routePods(ctx context.Context) error {
 	return c.eachPodRange(ctx, func(n *Node, r podRange) error { return c.Control().route(r.prefix, r.via) })
 }
 
-// WaitReady waits until all nodes, or those that are named, are Ready.
+// WaitReady waits until all nodes, or those that are named, are Ready, as kubelets of their present life say.
 func (c *Cluster) WaitReady(ctx context.Context, names ...string) error {
 	if len(names) == 0 {
 		for _, n := range c.Nodes() {
@@ -102,7 +105,12 @@ func (c *Cluster) WaitReady(ctx context.Context, names ...string) error {
 			if !ok {
 				return fmt.Errorf("node %s has not registered", name)
 			}
-			if err := ready(n); err != nil {
+			machine := c.machine(name)
+			p, err := recorded(machine.dir)
+			if err != nil {
+				return err
+			}
+			if err := ready(n, p.On); err != nil {
 				return err
 			}
 		}
