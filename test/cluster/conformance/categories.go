@@ -20,11 +20,14 @@ type category struct {
 // base is the group of every test that no category claims.
 const base = "base"
 
+// noSCTP is the reason of tests that do nothing without SCTP sockets.
+const noSCTP = "the kernel of the test machine has no SCTP sockets (CONFIG_IP_SCTP is not set)"
+
 // categories claims tests in this order; a test that several claim is run only if all of them are. Counts and reasons are of Kubernetes
 // v1.37.2.
 var categories = []category{
 	{pattern: `\[Feature:LoadBalancer\]`, reason: "needs a controller that gives services load balancer addresses; the cluster has none"},
-	{pattern: `\[Feature:SCTPConnectivity\]`, reason: "the kernel of the test machine has no SCTP sockets (CONFIG_IP_SCTP is not set)"},
+	{pattern: `\[Feature:SCTPConnectivity\]`, reason: noSCTP},
 	{pattern: `\[Feature:Networking-(IPv4|IPv6|DNS)\]`, reason: "needs the Internet"},
 	{pattern: `\[Feature:(Networking-Performance|PerformanceDNS)\]`, reason: "measures a cluster of hundreds of services; is no statement on this machine"},
 	{pattern: `\[Feature:KubeProxyNFAcct\]`, reason: "tests kube-proxy's nfacct counters; there is no kube-proxy"},
@@ -47,7 +50,7 @@ func groups() []string {
 			names = append(names, c.group)
 		}
 	}
-	return names
+	return append(names, clusterPolicy)
 }
 
 // selection is which groups a run has.
@@ -64,6 +67,9 @@ func parseSelection(list string) (selection, error) {
 	}
 	return s, nil
 }
+
+// e2e reports whether the selection has tests of Kubernetes.
+func (s selection) e2e() bool { return len(s) > 1 || !s[clusterPolicy] }
 
 // left returns the categories that the selection leaves out.
 func (s selection) left() []category {

@@ -67,7 +67,7 @@ func parseOptions(args []string) (options, error) {
 	flags.IntVar(&o.procs, "procs", 10, "tests at the same time; they wait more than they compute")
 	flags.DurationVar(&o.timeout, "timeout", 2*time.Hour, "end the run after this time")
 	flags.StringVar(&o.reports, "reports", "build/cluster/conformance", "directory for the reports and logs of the run")
-	flags.StringVar(&o.write, "write", "", "write the results to this document; the cluster must run Margay, and all groups must have been run without a focus")
+	flags.StringVar(&o.write, "write", "", "write the results to this document; the cluster must run Margay, and the group base be run without a focus")
 	flags.BoolVar(&o.up, "up", false, "if the cluster is not up, build and start one with three dual-stack nodes and Margay, and end it afterwards (as root)")
 	if err := flags.Parse(args); err != nil {
 		return o, err
@@ -140,22 +140,48 @@ func (r runner) report(ctx context.Context) (count, error) {
 		return count{}, err
 	}
 	started := time.Now()
-	got, runErr := r.e2e(ctx)
-	if got.tests == nil {
-		return count{}, runErr // nothing to report on
-	}
+	suites, err := r.suites(ctx)
 	f.took = time.Since(started)
-	suites := []suite{{title: "Tests of Kubernetes", report: got, group: group, whyNot: r.selected.whyNot}}
-	faults := []error{runErr, got.verdict(), r.unaccounted(got)}
-	if r.options.write != "" {
+	faults := []error{err}
+	var total count
+	for _, s := range suites {
+		faults = append(faults, s.verdict())
+		if r.options.focus == "" {
+			faults = append(faults, s.unaccounted())
+		}
+		for _, t := range append(s.faults, s.tests...) {
+			if t.outcome == failed {
+				fmt.Printf("failed: %s: %s\n", t.name, t.note)
+			}
+		}
+		total.add(s.count())
+	}
+	if r.options.write != "" && len(suites) > 0 {
 		faults = append(faults, os.WriteFile(r.options.write, []byte(render(f, suites)), 0o644))
 	}
-	for _, t := range append(got.faults, got.tests...) {
-		if t.outcome == failed {
-			fmt.Printf("failed: %s: %s\n", t.name, t.note)
+	return total, errors.Join(faults...)
+}
+
+// suites runs the test programs that the selection needs. Of one that gave no report there is only the error.
+func (r runner) suites(ctx context.Context) ([]suite, error) {
+	var suites []suite
+	var faults []error
+	if r.selected.e2e() {
+		got, err := r.e2e(ctx)
+		faults = append(faults, err)
+		if got.tests != nil {
+			suites = append(suites, suite{title: "Tests of Kubernetes", report: got, group: group, whyNot: r.selected.whyNot})
 		}
 	}
-	return got.count(), errors.Join(faults...)
+	if r.selected[clusterPolicy] {
+		got, err := r.policy(ctx)
+		faults = append(faults, err)
+		if got.tests != nil {
+			always := func(string) string { return clusterPolicy }
+			suites = append(suites, suite{title: "Tests of network-policy-api", report: got, group: always, whyNot: policyWhyNot})
+		}
+	}
+	return suites, errors.Join(faults...)
 }
 
 // mayWrite refuses to document what is no statement about Margay, or only a part of it. Asked before the run: it takes its time.
@@ -170,8 +196,8 @@ func (o options) mayWrite(selected selection, network string) error {
 	if o.focus != "" {
 		faults = append(faults, errors.New("-focus leaves out tests"))
 	}
-	if len(selected) != len(groups()) {
-		faults = append(faults, fmt.Errorf("-groups leaves out some of %s", strings.Join(groups(), ", ")))
+	if !selected[base] {
+		faults = append(faults, fmt.Errorf("-groups leaves out %s", base))
 	}
 	if err := errors.Join(faults...); err != nil {
 		return fmt.Errorf("-write %s: %w", o.write, err)

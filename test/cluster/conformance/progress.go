@@ -39,7 +39,8 @@ func (p *progress) take(line string) error {
 	case strings.HasPrefix(line, "• "):
 		p.ended = line
 	case ended != "" && strings.HasPrefix(line, sigNetwork):
-		_, err := fmt.Fprintf(p.to, "%s %s\n", ended, short(line))
+		name, _, _ := strings.Cut(short(line), " [sig-network") // behind the name come the labels, which it has anyway
+		_, err := fmt.Fprintf(p.to, "%s %s\n", ended, name)
 		return err
 	}
 	return nil

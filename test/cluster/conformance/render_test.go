@@ -73,7 +73,7 @@ func TestMayWrite(t *testing.T) {
 		{"whole run", "margay", whole, options{write: "x"}, true},
 		{"reference network", "reference", whole, options{write: "x"}, false},
 		{"focus", "margay", whole, options{write: "x", focus: "DNS"}, false},
-		{"one group", "margay", "base", options{write: "x"}, false},
+		{"without base", "margay", "policy,dualstack", options{write: "x"}, false},
 		{"nothing to write", "reference", "base", options{focus: "DNS"}, true},
 	}
 	for _, tt := range tests {

@@ -146,7 +146,7 @@ func (c junitCase) failure() string {
 
 // firstLine shortens a message to what fits into a table.
 func firstLine(message string) string {
-	line, _, _ := strings.Cut(strings.TrimSpace(message), "\n")
+	line, _, _ := strings.Cut(strings.TrimSpace(strings.TrimPrefix(message, "[FAILED] ")), "\n")
 	const most = 200
 	if runes := []rune(line); len(runes) > most {
 		line = string(runes[:most]) + "…"
@@ -160,6 +160,13 @@ type count struct{ passed, failed, skipped int }
 // String is the last line of `make conformance`.
 func (c count) String() string {
 	return fmt.Sprintf("%d passed, %d failed, %d skipped", c.passed, c.failed, c.skipped)
+}
+
+// add adds the tests of another run.
+func (c *count) add(d count) {
+	c.passed += d.passed
+	c.failed += d.failed
+	c.skipped += d.skipped
 }
 
 // count adds up the tests that were run; the suite's own failures count as failed.

@@ -24,7 +24,7 @@ const madeUp = `<?xml version="1.0" encoding="UTF-8"?>
         </testcase>
         <testcase name="[It] [sig-network] DNS should answer [Conformance]" status="passed" time="61.234"></testcase>
         <testcase name="[It] [sig-network] Services should a|b` + "`" + `c" status="failed" time="2">
-            <failure message="" type="failed">expected 1 &lt; 0&#xA;at service.go:1</failure>
+            <failure message="" type="failed">[FAILED] expected 1 &lt; 0&#xA;at service.go:1</failure>
         </testcase>
         <testcase name="[It] [sig-network] Services should not panic" status="panicked" time="2">
             <error message="nil map" type="panicked"></error>
@@ -121,7 +121,7 @@ func TestVerdict(t *testing.T) {
 
 // TestProgress feeds output in pieces that do not respect lines.
 func TestProgress(t *testing.T) {
-	const out = "  STEP: x\n• [12.3 seconds]\n[sig-network] DNS should answer [Conformance]\nk8s.io/dns.go:1\n------\n• [FAILED] [2.0 seconds]\n" +
+	const out = "  STEP: x\n• [12.3 seconds]\n[sig-network] DNS should answer [Conformance] [sig-network, Conformance]\nk8s.io/dns.go:1\n------\n• [FAILED] [2.0 seconds]\n" +
 		"[sig-network] Services should x [It] should x\n[sig-network] no end before\n• [1 seconds]\n[sig-apps] other\n"
 	for _, size := range []int{1, 7, len(out)} {
 		var shown strings.Builder

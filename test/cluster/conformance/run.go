@@ -68,26 +68,31 @@ func (r runner) e2e(ctx context.Context) (report, error) {
 		"--num-nodes=-1", "--allowed-not-ready-nodes=0", "--minStartupPods=0", "--dump-logs-on-failure=true",
 		"--e2e-output-dir=" + out, "--report-dir=" + out,
 	}
-	runErr := r.logged(ctx, filepath.Join(out, "ginkgo.log"), argv)
+	runErr := r.logged(ctx, filepath.Join(out, "ginkgo.log"), &progress{to: os.Stdout}, argv)
 	got, err := readReport(filepath.Join(out, "junit_01.xml"), sigNetwork)
 	return got, errors.Join(runErr, err)
 }
 
-// logged runs a command with its output in a file, and shows on standard output one line for each test that ended.
-func (r runner) logged(ctx context.Context, path string, argv []string) error {
+// logged runs a command with its output in a file, its standard error in one beside it, and a copy of the output to shown.
+func (r runner) logged(ctx context.Context, path string, shown io.Writer, argv []string) (err error) {
 	log, err := os.Create(path)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, log.Close()) }()
+	errorLog, err := os.Create(path + ".stderr")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, errorLog.Close()) }()
 	// Longer than the suite's own limit, which ends it in an orderly way and with a report.
 	ctx, cancel := context.WithTimeout(ctx, r.options.timeout+10*time.Minute)
 	defer cancel()
 	cmd, err := r.cluster.Command(ctx, argv...)
 	if err != nil {
-		return errors.Join(err, log.Close())
+		return err
 	}
-	shown := &progress{to: os.Stdout}
-	cmd.Stdout, cmd.Stderr = io.MultiWriter(log, shown), log
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(log, shown), errorLog
 	// The names of the images are those that were packed, whatever the caller's shell says.
 	cmd.Env = append(cmd.Env, "KUBE_TEST_REPO_LIST=", "KUBE_TEST_REPO=")
 	// Interrupted suites still clean up and report.
@@ -95,19 +100,16 @@ func (r runner) logged(ctx context.Context, path string, argv []string) error {
 	cmd.WaitDelay = 2 * time.Minute
 	fmt.Printf("running %s; its output: %s\n", filepath.Base(argv[0]), path)
 	if err := cmd.Run(); err != nil {
-		return errors.Join(fmt.Errorf("%s: %w, see %s", filepath.Base(argv[0]), err, path), log.Close())
+		return fmt.Errorf("%s: %w, see %s", filepath.Base(argv[0]), err, path)
 	}
-	return log.Close()
+	return nil
 }
 
 // unaccounted returns an error for tests that were not run although nothing leaves them out. With a focus that is what was asked for.
-func (r runner) unaccounted(got report) error {
-	if r.options.focus != "" || !r.selected[base] {
-		return nil
-	}
+func (s suite) unaccounted() error {
 	var names []string
-	for _, t := range got.tests {
-		if t.outcome == notRun && r.selected.whyNot(t.name) == "" {
+	for _, t := range s.tests {
+		if t.outcome == notRun && s.whyNot(t.name) == "" {
 			names = append(names, t.name)
 		}
 	}

@@ -100,6 +100,7 @@ func tools(from inputs) (tree, error) {
 		"root":              {mode: os.ModeDir | 0o700},
 		"etc/passwd":        {mode: 0o644, content: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")},
 		"etc/group":         {mode: 0o644, content: []byte("root:x:0:\nnogroup:x:65534:\n")},
+		"etc/wgetrc":        {mode: 0o644, content: []byte("tries = 1\n")}, // 20 otherwise; the tests count on the one of busybox' wget
 		"etc/nsswitch.conf": {mode: 0o644, content: []byte("passwd: files\ngroup: files\nhosts: files dns\n")},
 	}
 	if err := addCertificate(t, from.kubernetes); err != nil {
@@ -107,10 +108,11 @@ func tools(from inputs) (tree, error) {
 	}
 
 	// Real tools, by the name that the tests call them. /bin/sh is bash, not busybox: Debian's busybox shell runs its own applets whatever
-	// PATH says, and its nc lacks the flags, and its nslookup the exit status, that the tests depend on.
+	// PATH says. Its nc lacks the flags, and its nslookup the exit status, that the tests depend on, and its wget (1.35) ends with a
+	// segmentation fault here.
 	real := map[string]string{
 		"bin/bash": "bash", "usr/bin/curl": "curl", "usr/bin/nc": "nc.openbsd", "usr/bin/dig": "dig", "usr/bin/nslookup": "nslookup",
-		"usr/bin/ss": "ss", "usr/bin/getent": "getent",
+		"usr/bin/ss": "ss", "usr/bin/getent": "getent", "usr/bin/wget": "wget",
 	}
 	taken := map[string]bool{"sh": true}
 	for as, command := range real {
