@@ -15,6 +15,12 @@ FUZZTIME ?= 20s
 SOAKTIME ?= 60s
 # Flags of make conformance, for example CONFORMANCE_FLAGS='-groups base -focus smoke'; without -write the document stays as it is.
 CONFORMANCE_FLAGS ?= -write docs/conformance.md
+# The test cluster: how many nodes, which families (dual, ipv4, ipv6), which network (margay, reference, none), and in which machine
+# cluster-shell starts a shell (node1 ..., control, client).
+NODES ?= 2
+FAMILY ?= dual
+CNI ?= margay
+NODE ?= node1
 # Further flags for every go test, for example TESTFLAGS='-run TestAdd -v'.
 TESTFLAGS ?=
 # Kernels of test-vm.
@@ -37,6 +43,10 @@ export BPF2GO_CFLAGS := -O2 -g -Wall -Wextra -Werror -mcpu=v3 -nostdinc -fno-ide
 # Modules with tests beside the main one, so that what they require stays out of its go.mod.
 MODULES := hack/image hack/manifests
 
+# Modules of the test cluster that have a main of their own; the others there only pin what is built. Vetted with the flags that they are
+# built with, so that their dependencies are compiled once.
+TOOL_MODULES := test/cluster/tools/etcd test/cluster/tools/coredns
+
 STATICCHECK := go tool -modfile=hack/tools/go.mod staticcheck
 SCRIPTS = $(shell grep -rlE '^#!.*\b(ba)?sh\b' hack .ci)
 
@@ -46,7 +56,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules manifests
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance cluster-build cluster-up cluster-down cluster-shell cluster-test lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules manifests
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -95,11 +105,30 @@ conformance: ## Run the upstream tests of SIG Network on the test cluster, or st
 	go build -o build/cluster/bin/conformance ./test/cluster/conformance
 	build/cluster/bin/conformance -up $(CONFORMANCE_FLAGS)
 
+cluster-build: ## Build what the test cluster runs: Kubernetes, containerd, etcd, images (a quarter of an hour the first time)
+	hack/install-deps deps-cluster.txt
+	go run ./test/cluster build
+
+cluster-up: cluster-build $(if $(filter margay,$(CNI)),image) ## Start a Kubernetes cluster of NODES=2 fake machines on this one, FAMILY=dual, CNI=margay (needs root)
+	go run ./test/cluster up --nodes $(NODES) --family $(FAMILY) --cni $(CNI)
+
+cluster-down: ## End the test cluster and remove every trace of it
+	go run ./test/cluster down
+
+cluster-shell: ## Start a shell in a machine of the test cluster: NODE=node1, control, or client
+	@go run ./test/cluster shell --node $(NODE)
+
+cluster-test: cluster-build ## Test the test cluster itself, with the reference network (needs root, about 6 minutes)
+	go test -tags cluster -count=1 -timeout 40m $(TESTFLAGS) ./test/cluster/lab
+
 lint: ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }
 	go vet ./...
 	$(STATICCHECK) ./...
+	go vet -tags cluster ./test/cluster/...
+	$(STATICCHECK) -tags cluster ./test/cluster/...
 	for module in $(MODULES); do (cd $$module && go vet ./... && go tool -modfile=../tools/go.mod staticcheck ./...); done
+	for module in $(TOOL_MODULES); do (cd $$module && CGO_ENABLED=0 go vet -trimpath ./...); done
 	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); else echo 'lint: no shellcheck here: scripts are not checked (make deps)'; [[ -z "$${CI:-}" ]]; fi
 
 fmt: ## Format the Go files
@@ -141,6 +170,7 @@ deps: ## Install the Debian packages of hack/deps.txt that are missing
 	hack/install-deps
 
 clean: ## Remove what was built
+	@! compgen -G 'build/cluster/state/*/cluster.json' || { echo 'clean: these test clusters are there, perhaps running: make cluster-down, or go run ./test/cluster down --name NAME'; exit 1; }
 	rm -rf bin build
 
 install: ## Install what was built on this machine (as root, after make build)

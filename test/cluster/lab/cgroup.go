@@ -75,6 +75,32 @@ func makeCgroups(all []machine.Hierarchy, id, name string, pid int) error {
 	return nil
 }
 
+// killCgroups kills every process in the cgroups of the cluster: what has no record, because its machine's directory was lost.
+func killCgroups(all []machine.Hierarchy, id string) error {
+	var errs []error
+	for _, h := range all {
+		files, err := filepath.Glob(filepath.Join(h.Path, cgroupName(id), "*", "cgroup.procs"))
+		errs = append(errs, err)
+		for _, file := range files {
+			pids, err := os.ReadFile(file)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+			for field := range strings.FieldsSeq(string(pids)) {
+				pid, err := strconv.Atoi(field)
+				if err != nil {
+					errs = append(errs, err)
+					continue
+				}
+				if p, err := identify(pid); err == nil {
+					errs = append(errs, p.kill())
+				}
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // inheritCPUs gives a new cpuset its parent's processors and memory: without them it takes no process.
 func inheritCPUs(dir string) error {
 	for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {

@@ -180,9 +180,6 @@ func Down(dir, name string) error {
 	if !nameFormat.MatchString(name) {
 		return fmt.Errorf("name %q: no cluster has such a name", name)
 	}
-	if _, err := os.Stat(stateDir(dir, name)); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	release, err := lock(dir, name)
 	if err != nil {
 		return err
@@ -192,29 +189,26 @@ func Down(dir, name string) error {
 }
 
 func remove(dir, name string) error {
-	c, err := Open(dir, name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return os.RemoveAll(stateDir(dir, name)) // Up ended before it wrote anything else
+	all, err := hierarchies()
+	if err != nil {
+		return nil // no cluster was ever made on such a machine
 	}
+	machines, err := filepath.Glob(filepath.Join(stateDir(dir, name), "machines", "*"))
 	if err != nil {
 		return err
 	}
-	entries, err := os.ReadDir(filepath.Join(c.State(), "machines"))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
 	var errs []error
-	for _, e := range entries {
-		m := c.machine(e.Name())
-		p, err := recorded(m.dir)
+	for _, m := range machines {
+		p, err := recorded(m)
 		if err == nil {
 			err = p.kill()
 		}
 		errs = append(errs, err)
 	}
-	errs = append(errs, removeCgroups(c.cgroups, c.ID, ""))
+	id := ID(dir, name)
+	errs = append(errs, killCgroups(all, id), removeCgroups(all, id, ""))
 	if err := errors.Join(errs...); err != nil {
 		return err // the state directory stays: it is what a second attempt needs
 	}
-	return os.RemoveAll(c.State())
+	return os.RemoveAll(stateDir(dir, name))
 }

@@ -62,6 +62,17 @@ func TestDownAfterEverythingWasKilled(t *testing.T) {
 	}
 }
 
+// TestDownWithoutState ends a cluster whose directory somebody removed.
+func TestDownWithoutState(t *testing.T) {
+	const name = "stateless"
+	dir := built(t)
+	before := traces(t, dir, name)
+	c := up(t, lab.Options{Dir: dir, Name: name, Nodes: 1, Family: lab.Dual, CNI: "none"})
+	must(t, os.RemoveAll(c.State()))
+	must(t, lab.Down(dir, name))
+	unchanged(t, dir, name, before)
+}
+
 // TestDownSparesOthers: the number of a process that ended may belong to another one by now.
 func TestDownSparesOthers(t *testing.T) {
 	dir := built(t)
