@@ -206,7 +206,7 @@ func remove(dir, name string) error {
 		errs = append(errs, err)
 	}
 	id := ID(dir, name)
-	errs = append(errs, killCgroups(all, id), removeCgroups(all, id, ""))
+	errs = append(errs, killCgroups(all, id), removeCgroups(all, id, ""), inotifyLimit.restore())
 	if err := errors.Join(errs...); err != nil {
 		return err // the state directory stays: it is what a second attempt needs
 	}

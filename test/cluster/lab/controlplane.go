@@ -117,7 +117,7 @@ func (c *Cluster) startControl(ctx context.Context) error {
 	if err := m.define(c.controlSpec()); err != nil {
 		return err
 	}
-	if err := m.powerOn(c.plugControl); err != nil {
+	if err := errors.Join(m.powerOn(c.plugControl), inotifyLimit.raise()); err != nil {
 		return err
 	}
 	for _, s := range []string{Etcd, APIServer} {

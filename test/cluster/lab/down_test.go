@@ -62,14 +62,16 @@ func TestDownAfterEverythingWasKilled(t *testing.T) {
 	}
 }
 
-// TestDownWithoutState ends a cluster whose directory somebody removed.
+// TestDownWithoutState ends a cluster whose directory somebody moved away.
 func TestDownWithoutState(t *testing.T) {
 	const name = "stateless"
 	dir := built(t)
 	before := traces(t, dir, name)
 	c := up(t, lab.Options{Dir: dir, Name: name, Nodes: 1, Family: lab.Dual, CNI: "none"})
-	must(t, os.RemoveAll(c.State()))
+	lost := filepath.Join(dir, "lost")
+	must(t, os.Rename(c.State(), lost))
 	must(t, lab.Down(dir, name))
+	must(t, os.RemoveAll(lost))
 	unchanged(t, dir, name, before)
 }
 

@@ -64,12 +64,18 @@ func traces(t *testing.T, dir, name string) []string {
 	}
 	for _, name := range []string{
 		"vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes",
-		"kernel/hostname", "fs/inotify/max_user_instances", "net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/netfilter/nf_conntrack_max",
+		"kernel/hostname", "net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/netfilter/nf_conntrack_max",
 	} {
 		value, err := os.ReadFile(filepath.Join("/proc/sys", name))
 		if err == nil {
 			add("sysctl %s %s", name, value)
 		}
+	}
+	// One setting is raised while there is a cluster, be it another one.
+	if others, err := filepath.Glob("/sys/fs/cgroup/memory/margay-cluster-*"); err == nil && len(others) == 0 {
+		value, err := os.ReadFile("/proc/sys/fs/inotify/max_user_instances")
+		must(t, err)
+		add("sysctl max_user_instances %s", value)
 	}
 	slices.Sort(found)
 	return found
