@@ -150,17 +150,17 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 	if o.devices != "" {
 		devices = strings.Split(o.devices, ",")
 	}
-	source, selectorSlices, err := o.source.open(o.node, log)
+	source, err := o.source.open(ctx, o.node, log)
 	if err != nil {
 		return fmt.Errorf("source: %w", err)
 	}
 	log.Info("agent starts", "version", buildVersion(), "node", o.node, "source", o.source.String())
-	return agent.Run(ctx, agent.Config{
+	cfg := agent.Config{
 		Version:           buildVersion(),
 		Node:              o.node,
 		Run:               o.datapath.Run,
 		Source:            source,
-		SelectorSlices:    selectorSlices,
+		SelectorSlices:    source.selectorSlices,
 		Tables:            agent.KernelTables(&d.Maps),
 		MaxEntries:        agent.MapSizes(&d.Maps),
 		Epochs:            d,
@@ -177,7 +177,9 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		Serve:             served(o, d),
 		Resync:            o.resync,
 		Log:               log,
-	})
+	}
+	source.tell(&cfg)
+	return agent.Run(ctx, cfg)
 }
 
 func buildVersion() string {

@@ -80,9 +80,15 @@ func start(t *testing.T, n *nodetest.Node, manifests string, flags ...string) *p
 
 func command(t *testing.T, n *nodetest.Node, manifests string, flags ...string) *process {
 	t.Helper()
+	return commandFrom(t, n, []string{"--manifests", manifests}, flags...)
+}
+
+// commandFrom is an agent with a source of another kind.
+func commandFrom(t *testing.T, n *nodetest.Node, source []string, flags ...string) *process {
+	t.Helper()
 	p := &process{t: t, run: n.Config.Run, log: &lockedBuffer{}}
-	p.cmd = exec.Command("/proc/self/exe", append([]string{"--manifests", manifests, "--node", "n1", "--bpffs", n.Config.BPFFS, "--run", n.Config.Run,
-		"--resync", "200ms", "--log-level", "debug"}, flags...)...)
+	p.cmd = exec.Command("/proc/self/exe", append([]string{"--node", "n1", "--bpffs", n.Config.BPFFS, "--run", n.Config.Run,
+		"--resync", "200ms", "--log-level", "debug"}, append(source, flags...)...)...)
 	p.cmd.Env = append(os.Environ(), asAgent+"=1")
 	p.cmd.Stderr = p.log
 	return p

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"log/slog"
@@ -82,15 +83,35 @@ func (o *sourceOptions) String() string {
 	return "Kubernetes API"
 }
 
-// open makes the source. Where no controllers run, endpoint slices are made from services' selectors.
-func (o *sourceOptions) open(node string, log *slog.Logger) (source agent.Source, selectorSlices bool, err error) {
+// source is what there is to follow.
+type source struct {
+	agent.Source
+	// selectorSlices says that no controllers run: endpoint slices are made from services' selectors.
+	selectorSlices bool
+	// events is nil where nobody takes events.
+	events *k8s.Events
+}
+
+// open makes the source. Events are delivered until ctx ends.
+func (o *sourceOptions) open(ctx context.Context, node string, log *slog.Logger) (source, error) {
 	if o.manifests != "" {
-		return manifest.New(o.manifests, node, log), true, nil
+		return source{Source: manifest.New(o.manifests, node, log), selectorSlices: true}, nil
 	}
 	klog.SetSlogLogger(log)
 	s, err := k8s.New(k8s.Config{
 		Node: node, Kubeconfig: o.kubeconfig, Servers: o.servers, StateDir: o.stateDir, KubeletKubeconfigs: o.kubelet,
 		UserAgent: "margay-agent/" + buildVersion(), Log: log,
 	})
-	return s, false, err
+	if err != nil {
+		return source{}, err
+	}
+	events, err := s.Events(ctx)
+	return source{Source: s, events: events}, err
+}
+
+// tell has the agent's events delivered, where that is possible.
+func (s *source) tell(c *agent.Config) {
+	if s.events != nil { // a nil pointer in an interface would not be none
+		c.Events, c.Serve.Events = s.events, s.events
+	}
 }

@@ -77,6 +77,8 @@ type Config struct {
 	Reach Reach
 	// VerdictEvents has an event written for every new flow that policy lets pass.
 	VerdictEvents bool
+	// Events is told of problems that stay; may be nil.
+	Events NodeEvents
 	// Serve is what is answered over TCP.
 	Serve Serve
 	// Resync is how often everything is compared with the kernel and the flow table is swept; default 10 s.
@@ -180,6 +182,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return serve(ctx, socket, func() Status { return b.now(cfg.Source, o) }) })
 	g.Go(func() error { return o.run(ctx) })
+	g.Go(func() error { return newTeller(cfg.Events).run(ctx, func() Status { return b.now(cfg.Source, o) }) })
 	g.Go(func() error { return p.run(ctx) })
 	g.Go(func() error { return records.run(ctx) })
 	g.Go(func() error { return subscribe(ctx, changes, removals) })

@@ -111,6 +111,9 @@ func (o *observer) describe(r *Round) {
 func (o *observer) round(r Round, p *pipeline) {
 	now := time.Now()
 	o.keepMaps(r)
+	if !r.Written.IsZero() && len(r.Faults) == 0 {
+		o.health.SetReady()
+	}
 	m := metrics.Round{
 		Ended: now, Duration: r.Duration, Compile: r.Compile, Write: r.Write,
 		Whole: r.Whole, Compiled: r.Compiled, Services: !r.Written.IsZero(),

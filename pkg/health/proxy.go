@@ -34,6 +34,8 @@ type Proxy struct {
 	// updated is when an update was last applied; zero: never.
 	updated time.Time
 	leaving bool
+	// ready says that everything has been in the maps once.
+	ready bool
 }
 
 // NewProxy returns a healthy one. count is told of each answer; it may be nil.
@@ -72,6 +74,14 @@ func (p *Proxy) SetLeaving(leaving bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.leaving = leaving
+}
+
+// SetReady notes that the maps hold everything that the cluster wants, without a fault. It stays so: what fails later is no reason to
+// count the agent as not there.
+func (p *Proxy) SetReady() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ready = true
 }
 
 // Healthy reports whether the maps keep up with what changes.
@@ -114,7 +124,8 @@ func (p *Proxy) health() (h proxyHealth, eligible bool) {
 	return h, !p.leaving
 }
 
-// Handler answers /healthz, which a leaving node fails, and /livez, which it does not: nobody should restart the agent for it.
+// Handler answers /healthz, which a leaving node fails, /livez, which it does not: nobody should restart the agent for it, and /readyz, for
+// who waits for an agent that has started.
 func (p *Proxy) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -125,6 +136,16 @@ func (p *Proxy) Handler() http.Handler {
 	mux.HandleFunc("/livez", func(w http.ResponseWriter, _ *http.Request) {
 		h, _ := p.health()
 		p.answer(w, Livez, h, h.Healthy)
+	})
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
+		p.mu.Lock()
+		ready := p.ready
+		p.mu.Unlock()
+		if !ready {
+			http.Error(w, "not everything has been read and written yet", http.StatusServiceUnavailable)
+			return
+		}
+		plain(w, "ok")
 	})
 	return mux
 }

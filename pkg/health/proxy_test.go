@@ -4,6 +4,7 @@ package health
 
 import (
 	"encoding/json"
+	"net/http"
 	"net/http/httptest"
 	"testing"
 	"time"
@@ -134,5 +135,23 @@ func TestH2_Bodies(t *testing.T) {
 		if diff := cmp.Diff(step.want, got); diff != "" {
 			t.Errorf("%s: %s (-want +got):\n%s", step.name, step.path, diff)
 		}
+	}
+}
+
+// Ready is who has once had everything in the maps, whatever happens then; alive is who has not, too.
+func TestReadyz(t *testing.T) {
+	p := NewProxy(nil)
+	ask := func(path string) int {
+		w := httptest.NewRecorder()
+		p.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+		return w.Code
+	}
+	if got := [2]int{ask("/readyz"), ask("/livez")}; got != [2]int{503, 200} {
+		t.Errorf("/readyz, /livez before the first snapshot = %v, want 503, 200", got)
+	}
+	p.SetReady()
+	p.SetLeaving(true)
+	if got := ask("/readyz"); got != 200 {
+		t.Errorf("/readyz = %d, want 200", got)
 	}
 }

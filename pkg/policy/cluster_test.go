@@ -5,6 +5,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -54,6 +55,31 @@ func policy(t testing.TB, s *state.Snapshot, name, spec string) {
 	s.NetworkPolicies[k] = np
 }
 
+// clusterPolicy adds a ClusterNetworkPolicy, its spec in YAML, to the snapshot.
+func clusterPolicy(t testing.TB, s *state.Snapshot, name, spec string) *state.ClusterNetworkPolicy {
+	t.Helper()
+	spec = strings.ReplaceAll("\n"+strings.TrimSpace(spec), "\n", "\n  ")
+	raw, err := yaml.YAMLToJSON([]byte("metadata: {name: " + strconv.Quote(name) + ", generation: 7}\nspec:" + spec))
+	if err != nil {
+		t.Fatalf("spec of cluster policy %s: %v", name, err)
+	}
+	p, err := state.FromClusterNetworkPolicy(raw)
+	if err != nil {
+		t.Fatalf("spec of cluster policy %s: %v", name, err)
+	}
+	s.ClusterNetworkPolicies[name] = p
+	return p
+}
+
+// decider names the rule that decides about a connection at one end, a local pod.
+func decider(t testing.TB, s *state.Snapshot, pod string, d Direction, peer string, proto state.Protocol, port uint16) string {
+	t.Helper()
+	r := compile(t, NewCompiler(), s)
+	ns, name, _ := strings.Cut(pod, "/")
+	_, e := load(r).judge(r.Pods[state.Key{Namespace: ns, Name: name}].Policy[d], d, addresses(s, peer)[0], proto, port)
+	return r.Rules[e.Rule].String()
+}
+
 // clone copies the snapshot's maps; the objects are shared, as a source does.
 func clone(s *state.Snapshot) *state.Snapshot {
 	out := state.NewSnapshot()
@@ -65,6 +91,9 @@ func clone(s *state.Snapshot) *state.Snapshot {
 	}
 	for k, v := range s.NetworkPolicies {
 		out.NetworkPolicies[k] = v
+	}
+	for k, v := range s.ClusterNetworkPolicies {
+		out.ClusterNetworkPolicies[k] = v
 	}
 	for k, v := range s.Nodes {
 		out.Nodes[k] = v

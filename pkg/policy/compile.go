@@ -6,10 +6,12 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/margay-cni/margay/pkg/addr"
@@ -40,7 +42,7 @@ type Compiler struct {
 	rules        *space
 	compilations uint64
 
-	objects map[*state.NetworkPolicy]*object
+	objects map[any]*object // by *state.NetworkPolicy or *state.ClusterNetworkPolicy
 	classes map[*state.Pod]*class
 	byKey   map[string]*class
 }
@@ -61,7 +63,8 @@ type compilation struct {
 	limits   Limits
 	result   *Result
 
-	objects map[string][]*object // by namespace, sorted by name
+	objects map[string][]*object // NetworkPolicies by namespace, sorted by name
+	cluster []*object            // ClusterNetworkPolicies as they are asked
 	classes map[*state.Pod]*class
 	owners  map[netip.Addr]*state.Pod
 
@@ -70,7 +73,7 @@ type compilation struct {
 	prefixes   map[netip.Prefix]*identity
 
 	intents  map[string]*intent       // by hash
-	assigned map[state.Key][2]*intent // of local pods; nil: not isolated
+	assigned map[state.Key][2]*intent // of local pods; nil: nothing is denied
 	active   map[*object]*[2]bool     // policies that select a local pod, by direction
 	matches  map[string][]*identity   // by peer key
 	numbers  struct{ policies, rules numbered }
@@ -90,13 +93,14 @@ func (c *Compiler) Compile(s *state.Snapshot) (*Result, error) {
 			Entries:    map[Key]Entry{},
 			Rules:      map[uint32]Rule{},
 			Invalid:    map[state.Key]error{},
+			Conditions: map[string]metav1.Condition{},
 		},
 		intents:  map[string]*intent{},
 		assigned: map[state.Key][2]*intent{},
 		active:   map[*object]*[2]bool{},
 		matches:  map[string][]*identity{},
 	}
-	w.objects = c.parse(s, w.result.Invalid)
+	c.parse(w)
 	w.classes = c.classify(s)
 	w.owners = owners(s)
 	w.restrict()
@@ -133,26 +137,37 @@ func (w *compilation) number(c *Compiler) (*Result, error) {
 	return w.result, nil
 }
 
-// parse returns the snapshot's policies by namespace. Those that an earlier snapshot held are not parsed again.
-func (c *Compiler) parse(s *state.Snapshot, invalid map[state.Key]error) map[string][]*object {
-	kept := make(map[*state.NetworkPolicy]*object, len(s.NetworkPolicies))
-	out := map[string][]*object{}
-	for _, p := range s.NetworkPolicies {
+// parse fills objects and cluster. Policies that an earlier snapshot held are not parsed again.
+func (c *Compiler) parse(w *compilation) {
+	kept := make(map[any]*object, len(w.snapshot.NetworkPolicies)+len(w.snapshot.ClusterNetworkPolicies))
+	w.objects = map[string][]*object{}
+	for _, p := range w.snapshot.NetworkPolicies {
 		o, ok := c.objects[p]
 		if !ok {
 			o = parseObject(p)
 		}
 		kept[p] = o
-		out[p.Namespace] = append(out[p.Namespace], o)
-		if o.err != nil {
-			invalid[p.Key] = o.err
+		w.objects[p.Namespace] = append(w.objects[p.Namespace], o)
+	}
+	for _, p := range w.snapshot.ClusterNetworkPolicies {
+		o, ok := c.objects[p]
+		if !ok {
+			o = parseCluster(p)
 		}
+		kept[p] = o
+		w.cluster = append(w.cluster, o)
+		w.result.Conditions[p.Name] = o.condition
 	}
 	c.objects = kept
-	for _, list := range out {
-		slices.SortFunc(list, func(a, b *object) int { return cmp.Compare(a.key.Name, b.key.Name) })
+	for _, o := range kept {
+		if o.err != nil {
+			w.result.Invalid[o.key] = o.err
+		}
 	}
-	return out
+	for _, list := range w.objects {
+		slices.SortFunc(list, compareObjects)
+	}
+	slices.SortFunc(w.cluster, compareObjects)
 }
 
 // classify returns the class of every pod that takes part; equal classes are one pointer, in this and in later snapshots.
@@ -179,72 +194,21 @@ func (c *Compiler) classify(s *state.Snapshot) map[*state.Pod]*class {
 	return classes
 }
 
-// restrict fills Result.Restricted.
-func (w *compilation) restrict() {
-	for name := range w.snapshot.Namespaces {
-		w.result.Restricted[name] = false
-	}
-	for key := range w.snapshot.Pods {
-		w.result.Restricted[key.Namespace] = false
-	}
-	for name := range w.objects {
-		w.result.Restricted[name] = true
-	}
-}
-
-// assign finds, for every local pod, the policies that select it and from them its intents.
-func (w *compilation) assign() {
-	groups := map[string]*intent{}
-	for p, of := range w.classes {
-		if !p.Local {
-			continue
-		}
-		var selected [2][]*object
-		for _, o := range w.objects[p.Namespace] {
-			if o.subject != nil && !o.subject.Matches(labels.Set(p.Labels)) {
-				continue
-			}
-			for d := range selected {
-				if o.isolates[d] {
-					selected[d] = append(selected[d], o)
-					w.activate(o, Direction(d))
-				}
-			}
-		}
-		var intents [2]*intent
-		for d, objects := range selected {
-			if len(objects) > 0 {
-				intents[d] = w.intentOf(groups, Direction(d), objects, of)
-			}
-		}
-		w.assigned[p.Key] = intents
-	}
-}
-
-func (w *compilation) activate(o *object, d Direction) {
-	a, ok := w.active[o]
-	if !ok {
-		a = &[2]bool{}
-		w.active[o] = a
-	}
-	a[d] = true
-}
-
 // populate splits the addresses by the prefixes that active policies name, and finds the identity of each part.
 //
 // Only policies that select a local pod count: the others are enforced elsewhere, and each further region would split identities here.
 func (w *compilation) populate() {
 	named := map[netip.Prefix]struct{}{}
-	for o, directions := range w.active {
-		for d, on := range directions {
-			for _, r := range o.rules[d] {
-				for _, p := range r.peers {
-					if on && p.block.IsValid() {
-						named[p.block] = struct{}{}
-						for _, e := range p.except {
-							named[e] = struct{}{}
-						}
-					}
+	nodes := map[string]labels.Selector{}
+	for r := range w.activeRules() {
+		for _, p := range r.peers {
+			if p.nodes != nil {
+				nodes[p.key] = p.nodes
+			}
+			if p.block.IsValid() {
+				named[p.block] = struct{}{}
+				for _, e := range p.except {
+					named[e] = struct{}{}
 				}
 			}
 		}
@@ -259,12 +223,38 @@ func (w *compilation) populate() {
 		host := addr.HostPrefix(a)
 		w.prefixes[host] = w.population.add(w.classes[p], regions.longest(host))
 	}
+	for a, selected := range selectNodes(w.snapshot.Nodes, nodes) {
+		host := addr.HostPrefix(a)
+		w.prefixes[host] = w.population.addNodes(selected, regions.longest(host))
+	}
 	w.primary = make(map[state.Key]*identity, len(w.assigned))
 	for p, of := range w.classes {
 		if p.Local {
 			w.primary[p.Key] = w.primaryOf(p, of)
 		}
 	}
+}
+
+// activeRules are the rules that may decide about a local pod.
+func (w *compilation) activeRules() iter.Seq[*rule] {
+	return func(yield func(*rule) bool) {
+		for o, directions := range w.active {
+			for d, on := range directions {
+				if on && !yieldAll(o.rules[d], yield) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func yieldAll(rules []*rule, yield func(*rule) bool) bool {
+	for _, r := range rules {
+		if !yield(r) {
+			return false
+		}
+	}
+	return true
 }
 
 // primaryOf is the identity of the pod's first address, or of its class outside every region if it owns no address yet.
@@ -298,18 +288,33 @@ func (w *compilation) intentNames() map[string]struct{} {
 // other policies say.
 func (w *compilation) ruleNames() map[string]struct{} {
 	names := map[string]struct{}{}
-	for o, directions := range w.active {
-		for d, on := range directions {
-			if !on {
-				continue
+	for name := range w.namedRules() {
+		names[name] = struct{}{}
+	}
+	return names
+}
+
+// namedRules are the rules that entries may name, by name.
+func (w *compilation) namedRules() iter.Seq2[string, Rule] {
+	return func(yield func(string, Rule) bool) {
+		for r := range w.activeRules() {
+			if !yield(r.name, r.ref) {
+				return
 			}
-			names[o.isolationName[d]] = struct{}{}
-			for _, r := range o.rules[d] {
-				names[r.name] = struct{}{}
+		}
+		for o, directions := range w.active {
+			for d, on := range directions {
+				if on && o.tier == networkTier && !yield(o.isolationName[d], o.isolation[d]) {
+					return
+				}
+			}
+		}
+		for _, in := range w.intents {
+			if r := defaultAllow(in.direction); in.tiered() && !yield(r.String(), r) {
+				return
 			}
 		}
 	}
-	return names
 }
 
 func (w *compilation) writeIdentities() {
@@ -332,7 +337,11 @@ func (w *compilation) writePods() {
 	for key, intents := range w.assigned {
 		a := Assignment{Identity: w.primary[key].number}
 		for d, in := range intents {
-			if in != nil {
+			switch in {
+			case nil:
+			case nodeOnly:
+				a.Policy[d] = PolicyNodeOnly
+			default:
 				a.Policy[d] = w.numbers.policies[in.hash]
 			}
 		}
@@ -341,16 +350,8 @@ func (w *compilation) writePods() {
 }
 
 func (w *compilation) writeRules() {
-	for o, directions := range w.active {
-		for d, on := range directions {
-			if !on {
-				continue
-			}
-			w.result.Rules[w.numbers.rules[o.isolationName[d]]] = o.isolation[d]
-			for _, r := range o.rules[d] {
-				w.result.Rules[w.numbers.rules[r.name]] = r.ref
-			}
-		}
+	for name, r := range w.namedRules() {
+		w.result.Rules[w.numbers.rules[name]] = r
 	}
 }
 

@@ -15,7 +15,8 @@ type permission struct {
 	rule uint32
 }
 
-// expansion turns one intent into entries.
+// expansion turns one intent without ClusterNetworkPolicies into entries. Such an intent only allows, so what an identity is allowed is a
+// set of prefixes, and what everybody is allowed goes without saying. The others are the subject of tiers.go.
 type expansion struct {
 	w      *compilation
 	intent *intent
@@ -27,8 +28,12 @@ type expansion struct {
 // writeEntries fills Result.Entries.
 func (w *compilation) writeEntries() error {
 	for _, in := range w.sortedIntents() {
-		e := &expansion{w: w, intent: in, policy: w.numbers.policies[in.hash], memo: map[string][]permission{}}
-		e.write()
+		if in.tiered() {
+			w.writeTiers(in)
+		} else {
+			e := &expansion{w: w, intent: in, policy: w.numbers.policies[in.hash], memo: map[string][]permission{}}
+			e.write()
+		}
 		if len(w.result.Entries) > w.limits.Entries {
 			return fmt.Errorf("more than %d policy entries: %w", w.limits.Entries, ErrLimit)
 		}

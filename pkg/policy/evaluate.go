@@ -10,11 +10,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	policyv1alpha2 "sigs.k8s.io/network-policy-api/apis/v1alpha2"
 
 	"github.com/margay-cni/margay/pkg/state"
 )
 
-// Decision is how NetworkPolicies judge one connection at its two ends (contract row N2).
+// Decision is how policies judge one connection at its two ends (contract rows N2 and C2).
 type Decision struct {
 	Egress  bool // the source's policies allow it, or the source is no pod
 	Ingress bool // the destination's policies allow it, or the destination is no pod
@@ -28,7 +29,8 @@ func (d Decision) Allowed() bool {
 // Evaluate judges one connection by reading the policies as the API describes them, one after the other, for pods on any node. It shares
 // nothing with the compiler, whose oracle it is in tests; it is slow. Dst and port are those after service translation.
 //
-// Two things are outside policy and not known to it: traffic of a pod with its own node, and of a pod with itself (contract row N10).
+// Two things are outside policy and not known to it: traffic of a pod with its own node, and of a pod with itself (contract row N10;
+// what ClusterNetworkPolicies say of them is Entry.Cluster).
 func Evaluate(s *state.Snapshot, src, dst netip.Addr, proto state.Protocol, port uint16) Decision {
 	from, to := podAt(s, src), podAt(s, dst)
 	c := connection{snapshot: s, proto: proto, port: port, destination: to}
@@ -53,7 +55,7 @@ func podAt(s *state.Snapshot, a netip.Addr) *state.Pod {
 		return false
 	}
 	for _, n := range s.Nodes {
-		if has(n.Addresses) {
+		if has(n.Addresses) || has(n.AllAddresses) {
 			return nil
 		}
 	}
@@ -81,9 +83,26 @@ type connection struct {
 	destination *state.Pod
 }
 
-// allows judges one direction of the subject's policies.
+// allows judges one direction of the subject's policies, tier by tier (contract row C2).
 func (c connection) allows(subject *state.Pod, direction networkingv1.PolicyType, peer *state.Pod, addr netip.Addr) bool {
-	isolated := false
+	ingress := direction == networkingv1.PolicyTypeIngress
+	if c.unclear(subject, ingress) {
+		return false
+	}
+	switch c.tierVerdict(policyv1alpha2.AdminTier, subject, ingress, peer, addr) {
+	case policyv1alpha2.ClusterNetworkPolicyRuleActionAccept:
+		return true
+	case policyv1alpha2.ClusterNetworkPolicyRuleActionDeny:
+		return false
+	}
+	if isolated, allowed := c.networkPolicies(subject, direction, peer, addr); isolated {
+		return allowed
+	}
+	return c.tierVerdict(policyv1alpha2.BaselineTier, subject, ingress, peer, addr) != policyv1alpha2.ClusterNetworkPolicyRuleActionDeny
+}
+
+// networkPolicies judges by NetworkPolicies, if they isolate the subject.
+func (c connection) networkPolicies(subject *state.Pod, direction networkingv1.PolicyType, peer *state.Pod, addr netip.Addr) (isolated, allowed bool) {
 	for _, np := range c.snapshot.NetworkPolicies {
 		if np.Namespace != subject.Namespace || !hasType(&np.Spec, direction) {
 			continue
@@ -100,18 +119,18 @@ func (c connection) allows(subject *state.Pod, direction networkingv1.PolicyType
 		if direction == networkingv1.PolicyTypeIngress {
 			for _, r := range np.Spec.Ingress {
 				if c.portsMatch(r.Ports) && c.peersMatch(np.Namespace, r.From, peer, addr) {
-					return true
+					return true, true
 				}
 			}
 			continue
 		}
 		for _, r := range np.Spec.Egress {
 			if c.portsMatch(r.Ports) && c.peersMatch(np.Namespace, r.To, peer, addr) {
-				return true
+				return true, true
 			}
 		}
 	}
-	return !isolated
+	return isolated, false
 }
 
 func hasType(spec *networkingv1.NetworkPolicySpec, want networkingv1.PolicyType) bool {

@@ -18,13 +18,14 @@ import (
 	"github.com/margay-cni/margay/pkg/state"
 )
 
-// object is a NetworkPolicy in the form that compilations use. It depends on nothing but the policy itself, so it is made once for each
+// object is a policy in the form that compilations use. It depends on nothing but the policy itself, so it is made once for each
 // object that a source publishes.
 //
-// Whatever cannot be understood narrows what is allowed, never widens it: a peer or port matches nothing, and a policy whose subject is
-// unclear isolates its whole namespace and allows nothing.
+// Whatever cannot be understood narrows what is allowed, never widens it: a peer or port matches nothing, and a NetworkPolicy whose subject
+// is unclear isolates its whole namespace and allows nothing. For ClusterNetworkPolicies see parseCluster.
 type object struct {
 	key      state.Key
+	tier     tier
 	subject  labels.Selector // nil: every pod of the namespace
 	isolates [2]bool
 	rules    [2][]*rule
@@ -32,12 +33,15 @@ type object struct {
 	isolation     [2]Rule
 	isolationName [2]string
 	err           error
+
+	cluster // only of a ClusterNetworkPolicy
 }
 
 // rule is one ingress or egress rule. Its ports and peers are sets: what they hold is joined by "or".
 type rule struct {
 	ref      Rule
 	name     string // of ref
+	action   action // accept in a NetworkPolicy
 	anyPeer  bool
 	peers    []*peer
 	peersKey string // equal keys match equal peers
@@ -46,10 +50,11 @@ type rule struct {
 	said     statement // for subjects that resolve no port
 }
 
-// peer is one entry of from or to: either block and except, or pods in namespaces.
+// peer is one entry of from or to: block and except, or pods in namespaces, or nodes.
 type peer struct {
 	key        string
-	block      netip.Prefix // zero value: not an ipBlock
+	nodes      labels.Selector // nil: no nodes
+	block      netip.Prefix    // zero value: not an ipBlock
 	except     []netip.Prefix
 	namespace  string          // where namespaces is nil
 	namespaces labels.Selector // nil: the policy's own namespace
@@ -57,9 +62,9 @@ type peer struct {
 }
 
 func parseObject(p *state.NetworkPolicy) *object {
-	o := &object{key: p.Key}
+	o := &object{key: p.Key, tier: networkTier}
 	for d := range o.isolation {
-		o.isolation[d] = Rule{Kind: "NetworkPolicy", Object: o.key, Direction: Direction(d), Index: Isolation}
+		o.isolation[d] = Rule{Kind: kindNetworkPolicy, Object: o.key, Direction: Direction(d), Index: Isolation}
 		o.isolationName[d] = o.isolation[d].String()
 	}
 	var faults []error
@@ -96,7 +101,7 @@ func isolates(spec *networkingv1.NetworkPolicySpec) (ingress, egress bool) {
 
 // add parses one rule. Its error names the parts that match nothing.
 func (o *object) add(d Direction, index int, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort) error {
-	r := &rule{ref: Rule{Kind: "NetworkPolicy", Object: o.key, Direction: d, Index: index}}
+	r := &rule{ref: Rule{Kind: kindNetworkPolicy, Object: o.key, Direction: d, Index: index}}
 	r.name = r.ref.String()
 	var faults []error
 	if len(ports) == 0 {
@@ -108,7 +113,6 @@ func (o *object) add(d Direction, index int, peers []networkingv1.NetworkPolicyP
 		}
 	}
 	r.anyPeer = len(peers) == 0
-	keys := make([]string, 0, len(peers))
 	for i, p := range peers {
 		parsed, err := parsePeer(o.key.Namespace, p)
 		if err != nil {
@@ -116,7 +120,17 @@ func (o *object) add(d Direction, index int, peers []networkingv1.NetworkPolicyP
 			continue
 		}
 		r.peers = append(r.peers, parsed)
-		keys = append(keys, parsed.key)
+	}
+	r.seal()
+	o.rules[d] = append(o.rules[d], r)
+	return errors.Join(faults...)
+}
+
+// seal works out what follows from peers and ports.
+func (r *rule) seal() {
+	keys := make([]string, 0, len(r.peers))
+	for _, p := range r.peers {
+		keys = append(keys, p.key)
 	}
 	slices.Sort(keys)
 	r.peersKey = strings.Join(slices.Compact(keys), " | ")
@@ -124,8 +138,6 @@ func (o *object) add(d Direction, index int, peers []networkingv1.NetworkPolicyP
 		r.peersKey = "any"
 	}
 	r.said = r.statement(r.ports, r.named)
-	o.rules[d] = append(o.rules[d], r)
-	return errors.Join(faults...)
 }
 
 // addPort parses one entry of ports (contract row N7).

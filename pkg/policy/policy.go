@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package policy compiles NetworkPolicies into the content of the ipcache and policy maps: identities for sets of labels and for the CIDR
+// Package policy compiles NetworkPolicies and ClusterNetworkPolicies into the content of the ipcache and policy maps: identities for sets of labels and for the CIDR
 // regions that policies name, one policy id for each distinct set of rules, and the entries that the kernel looks up. It owns the
 // numbers (identity, policy id, rule) and keeps them stable from one compilation to the next, and it says which policy ids' epochs have to
 // be raised when one result replaces another.
 //
 // It is pure: a snapshot goes in, desired state comes out. It reads no clock and knows neither maps nor netlink; writing the result to the
-// kernel is pkg/agent's work. Traffic between a pod and its own node is always allowed by the programs and does not appear here.
+// kernel is pkg/agent's work. Whether NetworkPolicy has a say in traffic between a pod and its own node, or itself, is decided by the
+// programs, and Entry.Cluster is what they need to know for it.
 // A Compiler is for one goroutine; a Result is read-only once returned.
 package policy
 
@@ -14,6 +15,8 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -70,10 +73,13 @@ const (
 )
 
 // Ranks of entries; the lower one decides. NetworkPolicy has one rank, because its rules have no order; RankIsolation is what happens to
-// traffic that none of them allows. ClusterNetworkPolicy's Admin tier (1001 priorities of 25 rules) has its place below, Baseline above.
+// traffic that none of them allows. Where ClusterNetworkPolicies have a say the compiler has settled the order of tiers and rules for each
+// peer (docs/design/0013-policy-tiers.md): what it says of one peer, RankPeer, decides before what it says of all others, RankOthers.
 const (
+	RankPeer          uint32 = 50_000
 	RankNetworkPolicy uint32 = 100_000
 	RankIsolation     uint32 = 100_001
+	RankOthers        uint32 = 150_000
 )
 
 // Key is the key of one entry of the policy map.
@@ -97,6 +103,9 @@ type Entry struct {
 	Rank    uint32
 	// Rule is a key of Result.Rules.
 	Rule uint32
+	// Cluster says that a ClusterNetworkPolicy denies, and so this holds also where NetworkPolicy has no say: from a pod to its own
+	// node, and for a pod that reaches itself through a service (contract rows N10, C4, C7).
+	Cluster bool
 }
 
 // Assignment is what the datapath needs to know about a local pod.
@@ -104,28 +113,51 @@ type Assignment struct {
 	// Identity of the pod's first address. A pod without addresses has the identity of its labels outside every CIDR region, which no
 	// ipBlock matches. Other addresses of the pod may have other identities: Result.Identity.
 	Identity uint32
-	// Policy by Direction; PolicyNone where the pod is not isolated.
+	// Policy by Direction; PolicyNone where nothing can be denied. PolicyNodeOnly where a ClusterNetworkPolicy could deny, but the labels
+	// of the pod's namespace, which decide whether it does, are not known yet.
 	Policy [2]uint32
 }
 
-// Isolation is the Index of a Rule that stands for no rule of the policy but for the isolation that it causes (contract row N1).
-const Isolation = -1
+// Values of Rule.Index that are no place in a list of rules.
+const (
+	// Isolation stands for the isolation that a NetworkPolicy causes (contract row N1).
+	Isolation = -1
+	// DefaultAllow stands for what happens when no policy decides (contract row C2). Such a Rule has no object.
+	DefaultAllow = -2
+)
+
+// Kinds of the objects that rules are of.
+const (
+	kindNetworkPolicy        = "NetworkPolicy"
+	kindClusterNetworkPolicy = "ClusterNetworkPolicy"
+)
 
 // Rule names what decided.
 type Rule struct {
-	// Kind of the object: NetworkPolicy.
+	// Kind of the object: NetworkPolicy or ClusterNetworkPolicy. The latter is in no namespace.
 	Kind      string
 	Object    state.Key
 	Direction Direction
-	// Index of the rule in the object's list for the direction, or Isolation.
+	// Index of the rule in the object's list for the direction, Isolation or DefaultAllow.
 	Index int
+	// Name is what the rule of a ClusterNetworkPolicy calls itself, often nothing.
+	Name string
 }
 
 func (r Rule) String() string {
-	if r.Index == Isolation {
-		return fmt.Sprintf("%s %s %s isolation", r.Kind, r.Object, r.Direction)
+	object := r.Kind + " " + r.Object.Name
+	if r.Object.Namespace != "" {
+		object = r.Kind + " " + r.Object.String()
 	}
-	return fmt.Sprintf("%s %s %s[%d]", r.Kind, r.Object, r.Direction, r.Index)
+	switch {
+	case r.Index == DefaultAllow:
+		return r.Direction.String() + " default allow"
+	case r.Index == Isolation:
+		return fmt.Sprintf("%s %s isolation", object, r.Direction)
+	case r.Name != "":
+		return fmt.Sprintf("%s %s[%d] (%s)", object, r.Direction, r.Index, r.Name)
+	}
+	return fmt.Sprintf("%s %s[%d]", object, r.Direction, r.Index)
 }
 
 // compareRules orders rules by object, direction and index.
@@ -149,14 +181,21 @@ type Result struct {
 	Identities map[netip.Prefix]uint32
 	// Pods holds every local pod that is neither hostNetwork nor finished, with or without addresses.
 	Pods map[state.Key]Assignment
-	// Restricted has every namespace in the snapshot: true if a policy exists there, so that one could select a pod.
+	// Restricted has every namespace in the snapshot: true if a NetworkPolicy exists there, or a ClusterNetworkPolicy that denies anything
+	// reaches into it, so that a policy could restrict a pod there.
 	Restricted map[string]bool
+	// RestrictedElsewhere says that a pod of a namespace that the snapshot lacks could be restricted.
+	RestrictedElsewhere bool
 	// Entries is the whole content of the policy map.
 	Entries map[Key]Entry
 	// Rules names the numbers in Entries; 0 is never among them.
 	Rules map[uint32]Rule
-	// Invalid names policies with parts that cannot be understood. Such a part never allows anything.
+	// Invalid names policies with parts that cannot be understood. Such a part never allows anything. The key of a ClusterNetworkPolicy has
+	// no namespace.
 	Invalid map[state.Key]error
+	// Conditions has, by name, the condition that belongs into the status of each ClusterNetworkPolicy. It depends on nothing but the
+	// policy, so all nodes agree on it; LastTransitionTime is for whoever writes it.
+	Conditions map[string]metav1.Condition
 }
 
 // Identity is the identity of an address: that of the longest prefix in Identities that holds it, or World.

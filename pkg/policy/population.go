@@ -4,9 +4,11 @@ package policy
 
 import (
 	"cmp"
+	"iter"
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -22,7 +24,7 @@ type class struct {
 	portsKey  string
 }
 
-// identity is what has an identity number: a class inside a region, or a region outside every pod.
+// identity is what has an identity number: a class or nodes inside a region, or the rest of a region.
 type identity struct {
 	class  *class       // nil: no pod
 	region netip.Prefix // longest prefix named by a policy that holds the addresses; zero value: none
@@ -34,6 +36,7 @@ type identity struct {
 type population struct {
 	identities  map[identityKey]*identity
 	byRegion    map[netip.Prefix][]*identity
+	byNodes     map[string][]*identity // by the key of the peer that selects them
 	byNamespace map[string][]*identity
 	pods        []*identity
 	namespaces  map[string]*state.Namespace
@@ -41,6 +44,7 @@ type population struct {
 
 type identityKey struct {
 	class  *class
+	nodes  string // the keys of the peers that select the nodes
 	region netip.Prefix
 }
 
@@ -86,6 +90,7 @@ func newPopulation(namespaces map[string]*state.Namespace) *population {
 	return &population{
 		identities:  map[identityKey]*identity{},
 		byRegion:    map[netip.Prefix][]*identity{},
+		byNodes:     map[string][]*identity{},
 		byNamespace: map[string][]*identity{},
 		namespaces:  namespaces,
 	}
@@ -93,12 +98,10 @@ func newPopulation(namespaces map[string]*state.Namespace) *population {
 
 // add returns the identity of a class in a region, which it makes if it is new.
 func (p *population) add(c *class, region netip.Prefix) *identity {
-	k := identityKey{c, region}
-	id, ok := p.identities[k]
-	if ok {
+	id, fresh := p.identity(identityKey{class: c, region: region})
+	if !fresh {
 		return id
 	}
-	id = &identity{class: c, region: region}
 	switch {
 	case c == nil:
 		id.key = "cidr " + region.String()
@@ -107,10 +110,6 @@ func (p *population) add(c *class, region netip.Prefix) *identity {
 	default:
 		id.key = c.key
 	}
-	p.identities[k] = id
-	if region.IsValid() {
-		p.byRegion[region] = append(p.byRegion[region], id)
-	}
 	if c != nil {
 		p.byNamespace[c.namespace] = append(p.byNamespace[c.namespace], id)
 		p.pods = append(p.pods, id)
@@ -118,10 +117,43 @@ func (p *population) add(c *class, region netip.Prefix) *identity {
 	return id
 }
 
+// addNodes returns the identity of the nodes that the same peers select, in a region. Nodes that no policy tells apart share one, so that
+// entries do not grow with their number.
+func (p *population) addNodes(selected []string, region netip.Prefix) *identity {
+	nodes := strings.Join(selected, " | ")
+	id, fresh := p.identity(identityKey{nodes: nodes, region: region})
+	if !fresh {
+		return id
+	}
+	id.key = nodes
+	if region.IsValid() {
+		id.key += " in " + region.String()
+	}
+	for _, key := range selected {
+		p.byNodes[key] = append(p.byNodes[key], id)
+	}
+	return id
+}
+
+func (p *population) identity(k identityKey) (id *identity, fresh bool) {
+	if id, ok := p.identities[k]; ok {
+		return id, false
+	}
+	id = &identity{class: k.class, region: k.region}
+	p.identities[k] = id
+	if k.region.IsValid() {
+		p.byRegion[k.region] = append(p.byRegion[k.region], id)
+	}
+	return id, true
+}
+
 // match returns the identities that the peer matches.
 func (p *population) match(of *peer) []*identity {
 	if of.block.IsValid() {
 		return p.matchBlock(of)
+	}
+	if of.nodes != nil {
+		return p.byNodes[of.key]
 	}
 	if of.namespaces == nil {
 		return selectPods(p.byNamespace[of.namespace], of.pods)
@@ -174,8 +206,8 @@ func contains(outer, inner netip.Prefix) bool {
 func owners(s *state.Snapshot) map[netip.Addr]*state.Pod {
 	nodes := map[netip.Addr]struct{}{}
 	for _, n := range s.Nodes {
-		for _, a := range n.Addresses {
-			nodes[canonical(a)] = struct{}{}
+		for a := range nodeAddresses(n) {
+			nodes[a] = struct{}{}
 		}
 	}
 	for _, p := range s.Pods {
@@ -199,6 +231,42 @@ func owners(s *state.Snapshot) map[netip.Addr]*state.Pod {
 				out[a] = p
 			}
 		}
+	}
+	return out
+}
+
+// nodeAddresses are all addresses of a node.
+func nodeAddresses(n *state.Node) iter.Seq[netip.Addr] {
+	return func(yield func(netip.Addr) bool) {
+		for _, list := range [][]netip.Addr{n.Addresses, n.AllAddresses} {
+			for _, a := range list {
+				if a.IsValid() && !yield(canonical(a)) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// selectNodes returns the addresses of the nodes that any of the selectors selects, each with the sorted keys of those that do.
+func selectNodes(nodes map[string]*state.Node, selectors map[string]labels.Selector) map[netip.Addr][]string {
+	out := map[netip.Addr][]string{}
+	if len(selectors) == 0 {
+		return out
+	}
+	for _, n := range nodes {
+		for key, s := range selectors {
+			if !s.Matches(labels.Set(n.Labels)) {
+				continue
+			}
+			for a := range nodeAddresses(n) {
+				out[a] = append(out[a], key)
+			}
+		}
+	}
+	for a, keys := range out {
+		slices.Sort(keys)
+		out[a] = slices.Compact(keys)
 	}
 	return out
 }

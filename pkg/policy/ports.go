@@ -23,10 +23,10 @@ type portPrefix struct {
 	bits     uint8
 }
 
-// namedPort is a port that the destination pod resolves (contract row N8).
+// namedPort is a port that the destination pod resolves (contract rows N8 and C6).
 type namedPort struct {
 	name     string
-	protocol state.Protocol
+	protocol state.Protocol // 0: whichever the pod gives the name
 }
 
 // rangePrefixes returns the fewest prefixes that hold exactly the ports from low to high.
@@ -92,7 +92,7 @@ func resolve(names []namedPort, ports []state.ContainerPort) []portPrefix {
 	var out []portPrefix
 	for _, n := range names {
 		for _, p := range ports {
-			if p.Name == n.name && p.Protocol == n.protocol {
+			if p.Name == n.name && (p.Protocol == n.protocol || n.protocol == 0) {
 				out = append(out, portPrefix{protocol: p.Protocol, port: p.Port, bits: portBits})
 			}
 		}

@@ -37,6 +37,9 @@ var (
 		for i := range 8 {
 			list = append(list, podAddress(i, false), podAddress(i, true))
 		}
+		for i := range 3 {
+			list = append(list, nodeAddress(i, false), nodeAddress(i, true))
+		}
 		return list
 	}()
 )
@@ -154,6 +157,10 @@ func drawPod(t *rapid.T, key state.Key) *state.Pod {
 
 // change replaces, adds or removes one object.
 func change(t *rapid.T, s *state.Snapshot) {
+	if rapid.IntRange(0, 3).Draw(t, "in no namespace") == 0 {
+		changeCluster(t, s)
+		return
+	}
 	ns := rapid.SampledFrom(randomNamespaces).Draw(t, "namespace")
 	key := state.Key{Namespace: ns, Name: rapid.SampledFrom([]string{"0", "1", "2"}).Draw(t, "name")}
 	remove := rapid.IntRange(0, 4).Draw(t, "remove") == 0
@@ -242,10 +249,10 @@ func checkShape(t *rapid.T, s *state.Snapshot, r *Result) {
 	inUse := map[uint32]Direction{}
 	for key, a := range r.Pods {
 		for d, id := range a.Policy {
-			if _, ok := r.Entries[Key{Policy: id, Identity: AnyIdentity, Direction: Direction(d)}]; id != PolicyNone && !ok {
+			if _, ok := r.Entries[Key{Policy: id, Identity: AnyIdentity, Direction: Direction(d)}]; id >= FirstPolicy && !ok {
 				t.Fatalf("pod %s: policy %d has no entry for any identity", key, id)
 			}
-			if other, ok := inUse[id]; ok && id != PolicyNone && other != Direction(d) {
+			if other, ok := inUse[id]; ok && id >= FirstPolicy && other != Direction(d) {
 				t.Fatalf("policy %d is used for both directions", id)
 			}
 			inUse[id] = Direction(d)

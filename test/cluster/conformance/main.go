@@ -140,7 +140,7 @@ func (r runner) report(ctx context.Context) (count, error) {
 		return count{}, err
 	}
 	started := time.Now()
-	suites, err := r.suites(ctx)
+	suites, err := r.suites(ctx, f.nodes)
 	f.took = time.Since(started)
 	faults := []error{err}
 	var total count
@@ -163,11 +163,11 @@ func (r runner) report(ctx context.Context) (count, error) {
 }
 
 // suites runs the test programs that the selection needs. Of one that gave no report there is only the error.
-func (r runner) suites(ctx context.Context) ([]suite, error) {
+func (r runner) suites(ctx context.Context, nodes int) ([]suite, error) {
 	var suites []suite
 	var faults []error
 	if r.selected.e2e() {
-		got, err := r.e2e(ctx)
+		got, err := r.e2e(ctx, nodes)
 		faults = append(faults, err)
 		if got.tests != nil {
 			suites = append(suites, suite{title: "Tests of Kubernetes", report: got, group: group, whyNot: r.selected.whyNot})

@@ -38,6 +38,7 @@ func TestSelection(t *testing.T) {
 		{"base", "[sig-network] Netpol x [Feature:NetworkPolicy]", "policy", "group policy was not asked for"},
 		{"base,policy", "[sig-network] Netpol x [Feature:NetworkPolicy]", "policy", ""},
 		{"base,policy", "[sig-network] Netpol [Feature:SCTPConnectivity] x [Feature:NetworkPolicy]", "", "CONFIG_IP_SCTP"},
+		{"policy", "[sig-network] DNS should answer [Conformance]", "base", "group base was not asked for"},
 		{"policy", "[sig-network] LoadBalancers [Feature:LoadBalancer] x", "", "load balancer"},
 		{"base", "[sig-network] Services should work after restarting kube-proxy [Disruptive]", "", "SSH"},
 		{"base", "[sig-network] DNS x [FeatureGate:RelaxedServiceNameValidation]", "base", ""},

@@ -119,6 +119,30 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
+// TestUnaccounted: a test that silently is not run must not look like one that cannot run.
+func TestUnaccounted(t *testing.T) {
+	whyNot := func(name string) string { return map[string]string{"known": "a reason"}[name] }
+	tests := []struct {
+		name string
+		r    result
+		want bool // accounted for
+	}{
+		{"passed", result{name: "x", outcome: passed}, true},
+		{"left out for a reason", result{name: "known", outcome: notRun}, true},
+		{"left out without one", result{name: "x", outcome: notRun}, false},
+		{"skipped itself for a known reason", result{name: "x", outcome: skipped, note: knownSkips[0]}, true},
+		{"skipped itself", result{name: "known", outcome: skipped, note: "Requires at least 2 nodes"}, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s := suite{report: report{tests: []result{tt.r}}, whyNot: whyNot}
+			if err := s.unaccounted(); (err == nil) != tt.want {
+				t.Errorf("unaccounted = %v, want accounted for: %v", err, tt.want)
+			}
+		})
+	}
+}
+
 // TestProgress feeds output in pieces that do not respect lines.
 func TestProgress(t *testing.T) {
 	const out = "  STEP: x\n• [12.3 seconds]\n[sig-network] DNS should answer [Conformance] [sig-network, Conformance]\nk8s.io/dns.go:1\n------\n• [FAILED] [2.0 seconds]\n" +
