@@ -115,7 +115,7 @@ func (f *flags) down() *cobra.Command {
 func (f *flags) shell() *cobra.Command {
 	var node string
 	cmd := &cobra.Command{
-		Use: "shell [-- COMMAND ...]", Short: "Run a shell or a command inside a machine",
+		Use: "shell [COMMAND ...]", Short: "Run a shell or a command inside a machine",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := lab.Open(f.dir, f.name)
 			if err != nil {
@@ -133,12 +133,13 @@ func (f *flags) shell() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&node, "node", "node1", "node1 and so on, control, or client")
+	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
 
 func (f *flags) exec() *cobra.Command {
-	return &cobra.Command{
-		Use: "exec -- COMMAND ...", Short: "Run a command that reaches the API server: with the control plane's network, and KUBECONFIG set",
+	cmd := &cobra.Command{
+		Use: "exec COMMAND ...", Short: "Run a command that reaches the API server: with the control plane's network, and KUBECONFIG set",
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := lab.Open(f.dir, f.name)
@@ -149,11 +150,13 @@ func (f *flags) exec() *cobra.Command {
 			return foreground(inside, err)
 		},
 	}
+	cmd.Flags().SetInterspersed(false)
+	return cmd
 }
 
 func (f *flags) kubectl() *cobra.Command {
-	return &cobra.Command{
-		Use: "kubectl ARGUMENTS ...", Short: "Run kubectl; options of cluster itself come before this word", DisableFlagParsing: true,
+	cmd := &cobra.Command{
+		Use: "kubectl ARGUMENTS ...", Short: "Run kubectl as the cluster's administrator",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := lab.Open(f.dir, f.name)
 			if err != nil {
@@ -163,6 +166,8 @@ func (f *flags) kubectl() *cobra.Command {
 			return foreground(inside, err)
 		},
 	}
+	cmd.Flags().SetInterspersed(false) // what comes behind the first argument is kubectl's
+	return cmd
 }
 
 // endedWith is the exit status of a command that spoke for itself.
