@@ -100,8 +100,7 @@ test-vm: ## Run the tests that need root on Debian's kernels 6.1 and 6.12 in emu
 soak: ## Open and close connections for SOAKTIME=60s in each routing mode while pods, policies, nodes and agents change (needs root)
 	go test -count=1 -timeout 30m -run '^TestSoak$$' -v $(TESTFLAGS) ./test/nodes -soak $(SOAKTIME)
 
-conformance: ## Run the upstream tests of SIG Network on the test cluster, or start one, and write docs/conformance.md (needs root)
-	hack/install-deps deps-cluster.txt
+conformance: cluster-build image ## Run the upstream tests of SIG Network on the test cluster, or start one, and write docs/conformance.md (needs root)
 	go build -o build/cluster/bin/conformance ./test/cluster/conformance
 	build/cluster/bin/conformance -up $(CONFORMANCE_FLAGS)
 

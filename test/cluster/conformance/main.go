@@ -21,7 +21,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/margay-cni/margay/test/cluster/build"
 	"github.com/margay-cni/margay/test/cluster/lab"
 )
 
@@ -68,7 +67,7 @@ func parseOptions(args []string) (options, error) {
 	flags.DurationVar(&o.timeout, "timeout", 2*time.Hour, "end the run after this time")
 	flags.StringVar(&o.reports, "reports", "build/cluster/conformance", "directory for the reports and logs of the run")
 	flags.StringVar(&o.write, "write", "", "write the results to this document; the cluster must run Margay, and the group base be run without a focus")
-	flags.BoolVar(&o.up, "up", false, "if the cluster is not up, build and start one with three dual-stack nodes and Margay, and end it afterwards (as root)")
+	flags.BoolVar(&o.up, "up", false, "if the cluster is not up, start one with three dual-stack nodes and Margay, and end it afterwards (as root)")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
@@ -123,9 +122,6 @@ func (o options) cluster(ctx context.Context) (c *lab.Cluster, down func() error
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	dir, err := filepath.Abs(o.dir)
 	if err != nil {
-		return nil, down, err
-	}
-	if err := build.Everything(ctx, ".", dir, true, log); err != nil {
 		return nil, down, err
 	}
 	down = func() error { return lab.Down(o.dir, o.name) }
