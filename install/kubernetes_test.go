@@ -110,7 +110,7 @@ func TestLeastPrivilege(t *testing.T) {
 		"networking.k8s.io/networkpolicies": look, "networking.k8s.io/servicecidrs": look, "policy.networking.k8s.io/clusternetworkpolicies": look,
 	}
 	wantWrite := map[string]string{
-		"policy.networking.k8s.io/clusternetworkpolicies/status": "patch", "/events": "create,patch", "events.k8s.io/events": "create,patch",
+		"policy.networking.k8s.io/clusternetworkpolicies/status": "patch", "/events": "create,patch",
 	}
 	if diff := cmp.Diff(wantRead, read); diff != "" {
 		t.Errorf("what may be read (-want +got):\n%s", diff)
