@@ -4,9 +4,12 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -189,8 +192,11 @@ func TestEventsAboutTheNode(t *testing.T) {
 	within(t, time.Minute, "its end", has(corev1.EventTypeNormal, "spec.podCIDRs is empty"))
 }
 
-// TestMemoryWithManyPods measures the agent's memory with 5 000 pods and 1 000 services with 5 endpoints each. The bound is that of the
-// contract with nodes: what a node agent may cost.
+// memoryBound is what the agent may hold in memory with 5 000 pods and 1 000 services, its own file included: the contract is 64 MiB. What is
+// measured depends on when the garbage collector has last run, so the bound of the test has room.
+const memoryBound = 80 << 10 // KiB
+
+// TestMemoryWithManyPods measures the memory of the shipped binary with 5 000 pods and 1 000 services with 5 endpoints in each family.
 func TestMemoryWithManyPods(t *testing.T) {
 	const pods, services, endpoints = 5000, 1000, 5
 	n := nodetest.New(t)
@@ -209,11 +215,28 @@ func TestMemoryWithManyPods(t *testing.T) {
 			s.Put(slice)
 		}
 	}
+	binary := filepath.Join(t.TempDir(), "margay-agent")
+	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the agent: %v\n%s", err, out)
+	}
+	p := commandFrom(t, n, []string{"--kubeconfig", s.Kubeconfig(), "--state-dir", t.TempDir()}, "--resync", "10s", "--log-level", "info")
+	p.cmd.Path = binary
 	began := time.Now()
-	p := startFrom(t, n, s, "--resync", "10s", "--log-level", "info")
+	n.NS.Do(func() {
+		if err := p.cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Cleanup(func() {
+		p.kill()
+		if t.Failed() {
+			t.Logf("agent's log:\n%s", p.log)
+		}
+	})
 	within(t, loadBound, "the agent to be ready", p.ready)
-	t.Logf("ready %v after the start", time.Since(began).Round(time.Millisecond))
-	afterSync := rss(t, p)
+	t.Logf("ready %v after the start, resident %v", time.Since(began).Round(time.Millisecond), resident(t, p))
 	for i := range 500 {
 		pod := bulkyPod(i)
 		pod.Labels["changed"] = "yes"
@@ -221,7 +244,11 @@ func TestMemoryWithManyPods(t *testing.T) {
 		time.Sleep(5 * time.Millisecond)
 	}
 	time.Sleep(time.Second)
-	t.Logf("resident: %s after the start, %s after 500 changed pods", afterSync, rss(t, p))
+	after := resident(t, p)
+	t.Logf("resident %v after 500 changed pods", after)
+	if after["VmRSS"] > memoryBound {
+		t.Errorf("resident %d KiB, want at most %d", after["VmRSS"], memoryBound)
+	}
 }
 
 func podAddr(i int, v6 bool) netip.Addr {
@@ -252,25 +279,21 @@ func bulkyPod(i int) *corev1.Pod {
 	return p
 }
 
-// rss is what the process holds in memory, and the most that it has held.
-func rss(t *testing.T, p *process) string {
+// resident is what the process holds in memory, the most that it has held, and what of it is no file, in KiB.
+func resident(t *testing.T, p *process) map[string]int {
 	t.Helper()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = f.Close() }()
-	data, err := io.ReadAll(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out []string
+	out := map[string]int{}
 	for line := range strings.Lines(string(data)) {
-		for _, field := range []string{"VmHWM:", "VmRSS:", "RssAnon:"} {
-			if strings.HasPrefix(line, field) {
-				out = append(out, strings.Join(strings.Fields(line), " "))
+		name, value, _ := strings.Cut(line, ":")
+		if slices.Contains([]string{"VmHWM", "VmRSS", "RssAnon"}, name) {
+			if out[name], err = strconv.Atoi(strings.Fields(value)[0]); err != nil {
+				t.Fatal(err)
 			}
 		}
 	}
-	return strings.Join(out, ", ")
+	return out
 }

@@ -197,6 +197,8 @@ func FromEndpointSlice(s *discoveryv1.EndpointSlice) *EndpointSlice {
 			out.Ports = append(out.Ports, port)
 		}
 	}
+	// Slices hold most of what the agent knows of services: they are given no room to grow.
+	out.Endpoints = make([]Endpoint, 0, len(s.Endpoints))
 	for i := range s.Endpoints {
 		if e, ok := fromEndpoint(&s.Endpoints[i]); ok && e.Addr.Is6() == out.IPv6 {
 			out.Endpoints = append(out.Endpoints, e)
