@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/margay-cni/margay/pkg/agent"
+	"github.com/margay-cni/margay/pkg/cni"
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -174,6 +175,7 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		HostPorts:         d,
 		Attach:            d,
 		Sweep:             d,
+		Collect:           cni.NewCollector(o.datapath, log),
 		Devices:           devices,
 		Reach:             o.reach,
 		ServiceReturn:     o.serviceReturn,

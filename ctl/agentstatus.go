@@ -3,15 +3,18 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -92,6 +95,12 @@ type agentStatus struct {
 		Subject string `json:"subject"`
 		Error   string `json:"error"`
 	} `json:"conditions"`
+	GC struct {
+		Last     time.Time      `json:"last"`
+		Suspects int            `json:"suspects"`
+		Removed  map[string]int `json:"removed"`
+		Error    string         `json:"error"`
+	} `json:"gc"`
 }
 
 // agentDevice is a device that the agent looks after.
@@ -126,6 +135,24 @@ func (i agentInfo) text(now time.Time) string {
 	return fmt.Sprintf("%s; pods %d, services %d, policies %d", strings.Join(parts, ", "), c.Pods, c.Services, c.Policies)
 }
 
+// garbage is one line about what pods have left on the node; empty where the agent has not looked.
+func (i agentInfo) garbage(now time.Time) string {
+	var s agentStatus
+	if !i.Running || json.Unmarshal(i.Status, &s) != nil || s.GC.Last.IsZero() {
+		return ""
+	}
+	text := "looked " + span(now.Sub(s.GC.Last)) + " ago; removed since the agent started: "
+	var kinds []string
+	for _, kind := range slices.Sorted(maps.Keys(s.GC.Removed)) {
+		kinds = append(kinds, fmt.Sprintf("%s %d", kind, s.GC.Removed[kind]))
+	}
+	text += cmp.Or(strings.Join(kinds, ", "), "nothing")
+	if s.GC.Suspects > 0 {
+		text += fmt.Sprintf("; looks dead: %d", s.GC.Suspects)
+	}
+	return text
+}
+
 // problems are what the agent itself reports, and that it does not answer.
 func (i agentInfo) problems() []string {
 	if i.Fault != "" {
@@ -158,6 +185,9 @@ func (i agentInfo) problems() []string {
 	}
 	for _, c := range s.Conditions {
 		list = append(list, c.Subject+": "+c.Error)
+	}
+	if s.GC.Error != "" {
+		list = append(list, "what pods have left cannot be removed entirely: "+strings.ReplaceAll(s.GC.Error, "\n", "; "))
 	}
 	if s.Last.Overlay != nil {
 		s.Last.Devices = append(s.Last.Devices, *s.Last.Overlay)

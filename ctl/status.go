@@ -171,7 +171,7 @@ func (st *nodeStatus) addDevices(endpoints []endpointInfo, devs devices, at atta
 		switch _, there := devs[e.Ifindex]; {
 		case !there:
 			d.Fault = "the device is gone"
-			st.problem("%s: its device is gone; the runtime has not called DEL", who)
+			st.problem("%s: its device is gone; the runtime has not called DEL, margay-agent removes what is left of it", who)
 		case slices.Contains(e.Flags, markUnregistered):
 			d.Fault = "not registered"
 			st.problem("%s: has a record but is not in the map endpoints; start margay-agent", who)
@@ -305,6 +305,9 @@ func (st *nodeStatus) print(w io.Writer) {
 		fmt.Fprintf(w, "programs  %s (build %s)\n", strings.Join(b.Programs, ", "), b.Build)
 	}
 	fmt.Fprintf(w, "agent     %s\n", st.Agent.text(st.now))
+	if text := st.Agent.garbage(st.now); text != "" {
+		fmt.Fprintf(w, "gc        %s\n", text)
+	}
 	if len(st.Problems) == 0 {
 		fmt.Fprintln(w, "problems  none")
 	}

@@ -205,7 +205,7 @@ func TestDevices(t *testing.T) {
 	}
 	wantProblems := []string{
 		"a/bare: program is not attached; start margay-agent, which attaches it again",
-		"a/lost: its device is gone; the runtime has not called DEL",
+		"a/lost: its device is gone; the runtime has not called DEL, margay-agent removes what is left of it",
 		"a/early: has a record but is not in the map endpoints; start margay-agent",
 		"10.1.0.5: in the map endpoints without a record; start margay-agent, which removes it",
 	}

@@ -69,6 +69,8 @@ type Config struct {
 	HostPorts HostPorts
 	Attach    Attacher
 	Sweep     Sweeper
+	// Collect removes what pods that are gone have left; nil: nobody does.
+	Collect Collector
 	// MaxEntries gives a map's size by name, for the status; may be nil.
 	MaxEntries map[string]uint32
 	// Devices are name patterns (path.Match) of the node's devices; empty: found by addresses and routes.
@@ -188,6 +190,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	g.Go(func() error { return subscribe(ctx, changes, removals) })
 	g.Go(func() error { return w.run(ctx, changes, removals) })
 	g.Go(func() error { return sweep(ctx, o, cfg.Resync, b, cfg.Log) })
+	g.Go(func() error { return collectGarbage(ctx, &cfg, b, o) })
 	g.Go(func() error {
 		err := cfg.Source.Run(ctx, func(s *state.Snapshot) {
 			at := time.Now()
@@ -256,6 +259,12 @@ func (b *board) flows(s Sweeps) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.status.Flows = s
+}
+
+func (b *board) gc(r GarbageCollection) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.status.GC = r
 }
 
 func (b *board) now(source Source, o *observer) Status {

@@ -5,7 +5,7 @@
 //
 // It owns the order in which the maps are written, the files that it leaves in the run directory (numbers.json, raise.json, services.json,
 // rules.json, nodes.json, node.json), the attachments to the node's network devices, the overlay device, the kernel's routes to other
-// nodes, the repair of what somebody else removed, and the local API.
+// nodes, the repair of what somebody else removed, when to look for what pods have left (a Collector removes it), and the local API.
 // It does not own the semantics of services and policies (pkg/service, pkg/policy), the meaning of the objects (pkg/state), or how a
 // map is pinned and a program attached (pkg/datapath).
 //
@@ -26,6 +26,7 @@
 //   - Nodes: a node is in the map before a route or an address names it; what is gone goes after what took its place, and nodes that are gone
 //     last; then the route epoch, once. Devices and kernel routes are the node watcher's: it makes what the pipeline wants, and tells what is
 //     there (docs/design/0004-many-nodes.md).
+//   - What no record tells of is nobody's whatever the source says: map entries of pods that are gone do not wait for its first snapshot.
 //   - Every write follows the kernel's actual content, not the last round's intention: a write that failed keeps what depends on it from
 //     being deleted or switched, is reported as a fault of the map, and is tried again.
 package agent

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"io/fs"
 	"net/netip"
-	"os"
-	"path/filepath"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -17,17 +15,15 @@ import (
 type host interface {
 	// Devices returns the names of the host's network devices by index.
 	Devices() (map[int]string, error)
-	// NetnsGone reports whether nothing is at the path of a network namespace any more.
-	NetnsGone(path string) bool
 	// ReservedPorts returns the ports that the kernel keeps from being chosen.
 	ReservedPorts() ([]portRange, error)
+	// ReserveHostPorts has the kernel keep these ports, and no other hostPorts, from being chosen.
+	ReserveHostPorts(ports []uint16) error
 }
 
-type systemHost struct{}
-
-func (systemHost) NetnsGone(path string) bool {
-	_, err := os.Stat(path)
-	return path == "" || errors.Is(err, fs.ErrNotExist)
+// systemHost is the machine; run is the run directory.
+type systemHost struct {
+	run string
 }
 
 // next is the entry that should follow have, which the plugin or a predecessor wrote: device and addresses as the record says, identity
@@ -76,9 +72,6 @@ func (p *pipeline) applyEndpoints(incomplete map[uint32]bool, hold bool) {
 			p.rebuild(a, want)
 		}
 	}
-	if devices != nil && !hold {
-		p.removeLeaks(devices)
-	}
 }
 
 // young reports whether the record's ADD may still be at work.
@@ -103,14 +96,34 @@ func (p *pipeline) rebuild(a netip.Addr, want wantedEndpoint) {
 	}
 }
 
-// removeLeaks deletes entries that no record claims and whose device is gone: an ADD was killed before it wrote its record, or a DEL in the
-// middle. Reading the entry again narrows the moment in which a new ADD could have taken the address.
-func (p *pipeline) removeLeaks(devices map[int]string) {
+// removeLeaks deletes, in a full compare, what is in the maps of pods that no record tells of. It waits for no source: a record is written
+// before the entries and removed after them, so they are nobody's whatever the cluster says.
+func (p *pipeline) removeLeaks() {
+	if !p.round.Whole || !p.haveRecords {
+		return
+	}
+	if devices, err := p.host.Devices(); err != nil {
+		p.log.Error("devices cannot be listed; endpoints of pods that are gone stay", "err", err)
+	} else {
+		p.removeEndpointLeaks(devices)
+	}
+	p.removeHostPortLeaks()
+}
+
+// removeEndpointLeaks deletes entries that no record claims and whose device is gone: an ADD was killed before it wrote its record, or a DEL in
+// the middle. Reading the entry again narrows the moment in which a new ADD could have taken the address.
+func (p *pipeline) removeEndpointLeaks(devices map[int]string) {
+	claimed := map[netip.Addr]int{}
+	for _, r := range p.records {
+		for _, a := range r.Addresses {
+			claimed[a] = r.HostIfindex
+		}
+	}
 	for k, have := range p.m.endpoints.have {
 		if _, ok := devices[int(have.Ifindex)]; ok {
 			continue
 		}
-		if want, ok := p.wantEndpoints[k.Netip()]; ok && want.Ifindex == have.Ifindex {
+		if index, ok := claimed[k.Netip()]; ok && index == int(have.Ifindex) {
 			continue
 		}
 		if !p.m.endpoints.remove(k) {
@@ -118,38 +131,8 @@ func (p *pipeline) removeLeaks(devices map[int]string) {
 		}
 		p.round.Leaks++
 		p.log.Warn("endpoint without device and record is removed", "address", k.Netip(), "ifindex", have.Ifindex)
-		p.raise.add(raise{Endpoints: []int{int(have.Ifindex)}})
-	}
-}
-
-// goneTwice is in how many full compares in a row a record must be found without device and namespace before it goes.
-const goneTwice = 2
-
-// collectRecords removes the records of pods that ended without a DEL that got through: namespace and device are both gone. Their map
-// entries follow as leaks; their address lease stays with the IPAM plugin, whose GC knows the valid attachments.
-func (p *pipeline) collectRecords() {
-	devices, err := p.host.Devices()
-	if err != nil {
-		p.log.Error("devices cannot be listed; records are not collected", "err", err)
-		return
-	}
-	absent := map[string]int{}
-	for _, r := range p.records {
-		if devices[r.HostIfindex] == r.HostIfName || !p.host.NetnsGone(r.Netns) || p.young(r) {
-			continue
+		if err := p.epochs.RaiseEndpointEpochs(int(have.Ifindex)); err != nil {
+			p.raise.add(raise{Endpoints: []int{int(have.Ifindex)}}) // with the source's next round
 		}
-		key := filepath.Join(r.ContainerID, r.IfName)
-		absent[key] = p.absent[key] + 1
-		if absent[key] < goneTwice {
-			continue
-		}
-		if err := p.store.Delete(r.ContainerID, r.IfName); err != nil {
-			p.log.Error("record of a pod that is gone cannot be removed", "containerID", r.ContainerID, "err", err)
-			continue
-		}
-		p.round.Collected++
-		p.log.Warn("pod is gone without a DEL; its record is removed, its address lease is left to IPAM garbage collection",
-			"containerID", r.ContainerID, "ifName", r.IfName, "pod", r.Namespace+"/"+r.Name, "addresses", r.Addresses)
 	}
-	p.absent = absent
 }

@@ -195,15 +195,23 @@ func (k *fakeKernel) RaiseRouteEpoch() error {
 	return nil
 }
 
-// fakeHost is a machine with these devices and namespaces.
+// fakeHost is a machine with these devices.
 type fakeHost struct {
 	devices  map[int]string
-	netns    map[string]bool
 	reserved []portRange
+	// hostPorts are reserved too; hostPortErr is what reserving them ends with.
+	hostPorts   []uint16
+	hostPortErr error
+}
+
+func (h *fakeHost) ReserveHostPorts(ports []uint16) error {
+	if h.hostPortErr == nil {
+		h.hostPorts = ports
+	}
+	return h.hostPortErr
 }
 
 func (h *fakeHost) Devices() (map[int]string, error) { return h.devices, nil }
-func (h *fakeHost) NetnsGone(path string) bool       { return !h.netns[path] }
 
 func (h *fakeHost) ReservedPorts() ([]portRange, error) { return h.reserved, nil }
 
@@ -234,7 +242,7 @@ func newRig(t testing.TB, k *fakeKernel, run string) *rig {
 	if err := cfg.Reach.validate(); err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{t: t, kernel: k, host: &fakeHost{devices: map[int]string{}, netns: map[string]bool{}}, clock: testEpoch}
+	r := &rig{t: t, kernel: k, host: &fakeHost{devices: map[int]string{}}, clock: testEpoch}
 	r.pipeline = newPipeline(&cfg, func() []string { return r.incompleteFiles })
 	r.pipeline.host = r.host
 	r.pipeline.now = func() time.Time { return r.clock }
@@ -279,7 +287,6 @@ func (r *rig) pod(name string, index int, addrs ...string) *endpoint.Record {
 		rec.Addresses = append(rec.Addresses, netip.MustParseAddr(a))
 	}
 	r.host.devices[index] = rec.HostIfName
-	r.host.netns[rec.Netns] = true
 	e, err := endpointOf(rec)
 	if err != nil {
 		r.t.Fatal(err)

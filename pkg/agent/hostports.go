@@ -72,15 +72,10 @@ func (p *pipeline) hostPortProblems() (out []string) {
 	return out
 }
 
-// applyHostPorts repairs, in a full compare, what no plugin will come back to: hostPorts of a living pod that are not in the maps, and those in
-// the maps that no record tells of.
-func (p *pipeline) applyHostPorts(hold bool) {
-	if !p.round.Whole {
-		return
-	}
-	p.rebuildHostPorts()
-	if !hold {
-		p.removeHostPortLeaks()
+// applyHostPorts repairs, in a full compare, what no plugin will come back to: hostPorts of a living pod that are not in the maps.
+func (p *pipeline) applyHostPorts() {
+	if p.round.Whole {
+		p.rebuildHostPorts()
 	}
 }
 

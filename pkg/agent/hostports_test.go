@@ -168,7 +168,7 @@ func TestM3_HostPortSurvivesEveryRound(t *testing.T) {
 			if err := r.store.Save(rec); err != nil {
 				t.Fatal(err)
 			}
-			r.pipeline.host = &fakeHost{devices: map[int]string{rec.HostIfindex: rec.HostIfName}, netns: map[string]bool{rec.Netns: true}}
+			r.pipeline.host = &fakeHost{devices: map[int]string{rec.HostIfindex: rec.HostIfName}}
 		}
 	}
 	for _, s := range r.wantService.services {
@@ -198,6 +198,60 @@ func TestM3_HostPortWithoutRecordIsRemoved(t *testing.T) {
 	}
 	if r.last.Leaks != 2 {
 		t.Errorf("leaks = %d, want 2", r.last.Leaks)
+	}
+}
+
+// The kernel keeps hostPorts from being chosen for as long as a record has them.
+func TestM3_HostPortIsKeptFromTheNodesOwnConnections(t *testing.T) {
+	k := newKernel(1)
+	r := newRig(t, k, runDir(t))
+	rec := r.hostPortPod(8080)
+	r.plugin(rec)
+	r.host.hostPortErr = errInjected
+	r.give(state.NewSnapshot(), rec)
+	if len(r.host.hostPorts) != 0 || !slices.ContainsFunc(r.last.Problems, func(p string) bool { return strings.Contains(p, "hostPorts could not") }) {
+		t.Errorf("reserved %v with problems %q, want none and one about it", r.host.hostPorts, r.last.Problems)
+	}
+	r.host.hostPortErr = nil
+	r.work(false)
+	if diff := cmp.Diff([]uint16{8080}, r.host.hostPorts); diff != "" {
+		t.Errorf("reserved hostPorts (-want +got):\n%s", diff)
+	}
+	r.host.hostPorts = nil // somebody sets the list anew
+	r.work(true)
+	if diff := cmp.Diff([]uint16{8080}, r.host.hostPorts); diff != "" {
+		t.Errorf("reserved hostPorts after a full compare (-want +got):\n%s", diff)
+	}
+	r.give(state.NewSnapshot())
+	if len(r.host.hostPorts) != 0 {
+		t.Errorf("reserved hostPorts %v without a record, want none", r.host.hostPorts)
+	}
+}
+
+// What a pod left in the maps goes while the cluster is not known yet, and while it cannot be read entirely.
+func TestLeaksGoWithoutASource(t *testing.T) {
+	for name, prepare := range map[string]func(r *rig){
+		"no snapshot yet":   func(r *rig) { r.takeRecords(nil) },
+		"source incomplete": func(r *rig) { r.incompleteFiles = []string{"all.yaml"}; r.give(state.NewSnapshot()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := newKernel(1)
+			r := newRig(t, k, runDir(t))
+			rec := r.hostPortPod(8080)
+			r.plugin(rec)
+			clear(r.host.devices)
+			if err := r.store.Delete(rec.ContainerID, rec.IfName); err != nil {
+				t.Fatal(err)
+			}
+			prepare(r)
+			r.work(true)
+			if diff := cmp.Diff(inAll(), k.hostPorts()); diff != "" {
+				t.Errorf("ids of hostPorts (-want +got):\n%s", diff)
+			}
+			if len(k.endpoints.entries) != 0 {
+				t.Errorf("endpoints = %v, want none", k.endpoints.entries)
+			}
+		})
 	}
 }
 

@@ -114,6 +114,9 @@ func (o *observer) round(r Round, p *pipeline) {
 	if !r.Written.IsZero() && len(r.Faults) == 0 {
 		o.health.SetReady()
 	}
+	if r.Leaks > 0 {
+		o.metrics.Collected(map[string]int{kindMapEntries: r.Leaks}, false)
+	}
 	m := metrics.Round{
 		Ended: now, Duration: r.Duration, Compile: r.Compile, Write: r.Write,
 		Whole: r.Whole, Compiled: r.Compiled, Services: !r.Written.IsZero(),

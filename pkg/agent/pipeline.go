@@ -158,9 +158,7 @@ type pipeline struct {
 	applied *policy.Result
 	raise   raise
 	routes  string
-	// absent counts, for a record's file, the full compares in a row that found neither its device nor its namespace.
-	absent map[string]int
-	soon   bool
+	soon    bool
 	// kept are numbers that must not be forgotten while the source is incomplete.
 	kept numbers
 	// saved is what numbers.json was written for; nil: it has to be written.
@@ -172,6 +170,9 @@ type pipeline struct {
 	numbersErr, namesErr, nodeFileErr                              error
 	// sysctlPorts are the ports that the kernel reserves, as read in the last full compare; nil = not read yet.
 	sysctlPorts []portRange
+	// hostPortsReserved are the hostPorts that the kernel keeps from being chosen, hostPortErr why it does not.
+	hostPortsReserved map[uint16]bool
+	hostPortErr       error
 
 	round Round
 	retry time.Duration
@@ -199,7 +200,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		store:        endpoint.NewStore(cfg.Run),
 		epochs:       cfg.Epochs,
 		ports:        cfg.HostPorts,
-		host:         systemHost{},
+		host:         systemHost{cfg.Run},
 		now:          time.Now,
 		incomplete:   incomplete,
 		publish:      func(Round) {},
@@ -217,7 +218,6 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		policies:     policies,
 		services:     services,
 		m:            newMirrors(cfg.Tables, cfg.Log),
-		absent:       map[string]int{},
 		numbers:      file(numbersFile),
 		raiseFile:    file(raiseFile),
 		serviceFile:  file(servicesFile),
@@ -308,6 +308,7 @@ func (p *pipeline) work(whole bool) time.Duration {
 	}
 	if p.loaded {
 		p.applyNode()
+		p.removeLeaks()
 		// The kernel's state is the truth until the source and the records have spoken.
 		if p.snapshot.Snapshot != nil && p.haveRecords {
 			p.applySource()
@@ -345,9 +346,6 @@ func (p *pipeline) applySource() {
 	if p.m.endpoints.load() != nil {
 		return
 	}
-	if p.round.Whole {
-		p.collectRecords()
-	}
 	p.compareServices()
 	p.raise.add(p.planServices(hold))
 	p.raise.add(raise{Endpoints: p.planPolicy(hold)})
@@ -358,7 +356,7 @@ func (p *pipeline) applySource() {
 	p.applyPolicy(hold)
 	p.applyReserved(hold) // before a NodePort can be used
 	p.applyServices(hold)
-	p.applyHostPorts(hold)
+	p.applyHostPorts()
 	p.settleServices()
 	if noted || !p.raise.empty() {
 		p.saveNumbers()

@@ -2,7 +2,14 @@
 
 package agent
 
-import "github.com/margay-cni/margay/pkg/datapath"
+import (
+	"context"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/margay-cni/margay/pkg/datapath"
+)
 
 // portRange is from first to last, both included.
 type portRange struct {
@@ -19,6 +26,39 @@ func (systemHost) ReservedPorts() ([]portRange, error) {
 	return out, err
 }
 
+// reserveTimeout bounds the wait for the datapath's lock, which is held for longer only while programs are loaded.
+const reserveTimeout = 5 * time.Second
+
+// ReserveHostPorts has the kernel keep these ports, and no other hostPorts, from being chosen.
+func (h systemHost) ReserveHostPorts(ports []uint16) error {
+	ctx, cancel := context.WithTimeout(context.Background(), reserveTimeout)
+	defer cancel()
+	var ranges []datapath.PortRange
+	for _, port := range ports {
+		ranges = append(ranges, datapath.PortRange{First: port, Last: port})
+	}
+	return datapath.ReserveHostPorts(ctx, datapath.Config{Run: h.run}, ranges)
+}
+
+// reserveHostPorts keeps the node's own connections off the pods' hostPorts: what comes to those goes to the pods. It looks at the kernel's
+// list when the hostPorts have changed, and in a full compare.
+func (p *pipeline) reserveHostPorts() {
+	ports := map[uint16]bool{}
+	for _, hp := range p.wantHostPorts {
+		ports[hp.Host.Port()] = true
+	}
+	if !p.round.Whole && p.hostPortErr == nil && maps.Equal(ports, p.hostPortsReserved) {
+		return
+	}
+	was := p.hostPortErr
+	p.hostPortErr = p.host.ReserveHostPorts(slices.Sorted(maps.Keys(ports)))
+	if p.hostPortErr == nil {
+		p.hostPortsReserved = ports
+	} else if was == nil {
+		p.log.Error("hostPorts cannot be kept from the node's own connections; trying again", "err", p.hostPortErr)
+	}
+}
+
 // bits sets the ports of the ranges in the map's form: one word for each 64 ports.
 func bits(ranges []portRange) map[uint32]uint64 {
 	out := map[uint32]uint64{}
@@ -33,6 +73,7 @@ func bits(ranges []portRange) map[uint32]uint64 {
 // applyReserved writes the ports that masquerade must not take: the kernel's list, every NodePort and hostPort, and the overlay's own port, because what
 // comes to that one from outside is the kernel's. With hold no port is taken off.
 func (p *pipeline) applyReserved(hold bool) {
+	p.reserveHostPorts()
 	if p.round.Whole || p.sysctlPorts == nil {
 		ports, err := p.host.ReservedPorts()
 		if err != nil {

@@ -25,11 +25,9 @@ type Round struct {
 	Held bool `json:"held"`
 	// Raised are the epochs raised.
 	Raised Raised `json:"raised"`
-	// Rebuilt, Leaks and Collected count repairs: endpoints and hostPorts rebuilt from records, endpoints and hostPorts removed, records
-	// removed.
-	Rebuilt   int `json:"rebuilt"`
-	Leaks     int `json:"leaks"`
-	Collected int `json:"collected"`
+	// Rebuilt and Leaks count repairs: endpoints and hostPorts rebuilt from records, and removed because no record tells of them.
+	Rebuilt int `json:"rebuilt"`
+	Leaks   int `json:"leaks"`
 	// Faults are what keeps the kernel from holding what it should.
 	Faults []Fault `json:"faults"`
 	// Problems are what was asked for and is not in force, from the compilers.
@@ -109,6 +107,8 @@ type Status struct {
 	// Pods are pods without the programs of this build on their device, and who else is there, and those whose MTU cannot follow the node's.
 	Pods  []string `json:"pods"`
 	Flows Sweeps   `json:"flows"`
+	// GC is what was done about pods that are gone.
+	GC GarbageCollection `json:"gc"`
 	// Conditions are what the agent should answer over TCP and cannot.
 	Conditions []health.Condition `json:"conditions"`
 }
@@ -145,6 +145,9 @@ func (p *pipeline) describe() {
 	}
 	if p.facts != nil {
 		r.Problems = append(r.Problems, p.facts.problems...)
+	}
+	if p.hostPortErr != nil {
+		r.Problems = append(r.Problems, "hostPorts could not be kept from the node's own connections: "+p.hostPortErr.Error())
 	}
 	if p.nodeFileErr != nil {
 		r.Problems = append(r.Problems, "what the plugin is told of the node could not be saved: "+p.nodeFileErr.Error())

@@ -28,6 +28,10 @@ type addition struct {
 	plugin   *Plugin
 	rollback rollback
 
+	lock *attachmentLock
+	// inherited says that an earlier command left its journal: what it has left may still be there when this ADD has undone its own.
+	inherited bool
+
 	podNS, hostNS     *netns.Handle
 	podLink, hostLink *link.Conn
 	datapath          dataplane
@@ -62,20 +66,22 @@ func (p *Plugin) Add(ctx context.Context, args *skel.CmdArgs) (err error) {
 	if err := at.conf.validateAdd(); err != nil {
 		return err
 	}
-	unlock, err := lockAttachment(ctx, at.conf.RunDir, args.ContainerID, args.IfName)
+	lock, err := lockAttachment(ctx, at.conf.RunDir, args.ContainerID, args.IfName)
 	if err != nil {
 		return err
 	}
-	defer at.tidy("unlock", unlock)
+	defer at.tidy("unlock", lock.release)
 
-	a := &addition{attachment: at, plugin: p}
+	a := &addition{attachment: at, plugin: p, lock: lock, inherited: lock.journal != nil}
 	defer at.tidy("close", a.close)
+	defer a.settleJournal(&err)
 	defer a.rollback.run(&err)
 
 	steps := []step{
 		{"open namespaces", a.openNamespaces},
 		{"ensure datapath", a.ensureDatapath},
 		{"clear leftovers", a.clearLeftovers},
+		{"begin journal", a.beginJournal},
 		{"read policy", a.readPolicy},
 		{"allocate addresses", a.allocateAddresses},
 		{"make interface", a.makeInterface},
@@ -92,6 +98,7 @@ func (p *Plugin) Add(ctx context.Context, args *skel.CmdArgs) (err error) {
 			{"ensure datapath", a.ensureDatapath},
 			{"read policy", a.readPolicy},
 			{"adopt interface", a.adoptInterface},
+			{"begin journal", a.beginJournal},
 			{"attach programs", a.attachPrograms},
 			{"register endpoint", a.registerEndpoint},
 			{"register host ports", a.registerHostPorts},
@@ -171,6 +178,30 @@ func (a *addition) ensureDatapath(ctx context.Context) (err error) {
 		return fail(codeDatapath, err, "the datapath cannot be loaded here (bpffs %s)", a.conf.BPFFS)
 	}
 	return nil
+}
+
+// beginJournal notes that the attachment is ADD's from here on: if nobody removes the note, nobody has got a result. An attachment with a
+// record may have been added before, though: nothing is noted that would end it.
+func (a *addition) beginJournal(context.Context) error {
+	if _, err := a.records().Load(a.args.ContainerID, a.args.IfName); err == nil {
+		return nil
+	}
+	if err := a.lock.write(a.journal("ADD")); err != nil {
+		return fail(types.ErrIOFailure, err, "write %s; is %s writable and not full?", a.lock.path, a.conf.RunDir)
+	}
+	return nil
+}
+
+// settleJournal comes after a failed ADD's rollback: what is undone entirely needs no journal, anything else does.
+func (a *addition) settleJournal(err *error) {
+	if *err == nil {
+		return
+	}
+	if a.rollback.failed && a.lock.journal == nil {
+		a.tidy("keep journal", func() error { return a.lock.write(a.journal("ADD")) })
+	} else if !a.rollback.failed && !a.inherited && a.lock.journal != nil {
+		a.tidy("clear journal", a.lock.clear)
+	}
 }
 
 // clearLeftovers refuses an interface that exists, as the specification wants, unless it is what an ADD of this very attachment left behind
@@ -352,7 +383,11 @@ func (a *addition) configureHost(context.Context) error {
 	return nil
 }
 
+// printResult ends the journal first: the runtime must not know of an attachment that looks abandoned.
 func (a *addition) printResult(context.Context) error {
+	if err := a.lock.clear(); err != nil {
+		return fail(types.ErrIOFailure, err, "clear %s", a.lock.path)
+	}
 	r, err := a.result.GetAsVersion(a.conf.CNIVersion)
 	if err == nil {
 		err = r.PrintTo(a.plugin.stdout)

@@ -119,7 +119,7 @@ func checkReachable(t *testing.T, n *node, pod *netnstest.NS, addresses []netip.
 	}
 }
 
-var ownSteps = []string{"open namespaces", "ensure datapath", "clear leftovers", "read policy", "allocate addresses", "make interface",
+var ownSteps = []string{"open namespaces", "ensure datapath", "clear leftovers", "begin journal", "read policy", "allocate addresses", "make interface",
 	"attach programs", "register endpoint", "register host ports", "configure host", "configure pod", "print result"}
 
 var errInjected = errors.New("injected")

@@ -17,7 +17,7 @@ import (
 	"github.com/margay-cni/margay/pkg/link"
 )
 
-var adoptSteps = []string{"open namespaces", "ensure datapath", "read policy", "adopt interface", "attach programs", "register endpoint",
+var adoptSteps = []string{"open namespaces", "ensure datapath", "read policy", "adopt interface", "begin journal", "attach programs", "register endpoint",
 	"register host ports",
 	"print result"}
 

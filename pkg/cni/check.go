@@ -48,11 +48,11 @@ func (p *Plugin) Check(ctx context.Context, args *skel.CmdArgs) (err error) {
 	if err := at.conf.validate(); err != nil {
 		return err
 	}
-	unlock, err := lockAttachment(ctx, at.conf.RunDir, args.ContainerID, args.IfName)
+	lock, err := lockAttachment(ctx, at.conf.RunDir, args.ContainerID, args.IfName)
 	if err != nil {
 		return err
 	}
-	defer at.tidy("unlock", unlock)
+	defer at.tidy("unlock", lock.release)
 
 	i := &inspection{attachment: at}
 	if i.prev, err = at.conf.prevResult(); err != nil {

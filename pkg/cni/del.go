@@ -38,12 +38,23 @@ func (p *Plugin) Del(ctx context.Context, args *skel.CmdArgs) (err error) {
 	if !filepath.IsAbs(at.conf.RunDir) || !filepath.IsAbs(at.conf.BPFFS) {
 		return at.conf.validate() // nothing can be found
 	}
-	unlock, err := lockAttachment(ctx, at.conf.RunDir, args.ContainerID, args.IfName)
+	lock, err := lockAttachment(ctx, at.conf.RunDir, args.ContainerID, args.IfName)
 	if err != nil {
 		return err
 	}
-	defer at.tidy("unlock", unlock)
-	return p.remove(ctx, at)
+	defer at.tidy("unlock", lock.release)
+	return p.removeLocked(ctx, at, lock)
+}
+
+// removeLocked undoes the attachment whose lock is held, and leaves a journal of what it could not undo.
+func (p *Plugin) removeLocked(ctx context.Context, at *attachment, lock *attachmentLock) error {
+	// On a full disk the rest must go on.
+	at.tidy("write journal", func() error { return lock.write(at.journal("DEL")) })
+	if err := p.remove(ctx, at); err != nil {
+		return err
+	}
+	at.tidy("clear journal", lock.clear)
+	return nil
 }
 
 // removal is what DEL, GC and a repeated ADD do to one attachment.

@@ -368,7 +368,7 @@ func TestCheckSeesEachDamage(t *testing.T) {
 
 func TestCommandsOfOneAttachmentExcludeEachOther(t *testing.T) {
 	dir := t.TempDir()
-	unlock, err := lockAttachment(context.Background(), dir, "c1", "eth0")
+	lock, err := lockAttachment(context.Background(), dir, "c1", "eth0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -379,10 +379,10 @@ func TestCommandsOfOneAttachmentExcludeEachOther(t *testing.T) {
 	}
 	if other, err := lockAttachment(context.Background(), dir, "c2", "eth0"); err != nil {
 		t.Errorf("lock of another attachment = %v, want nil", err)
-	} else if err := other(); err != nil {
+	} else if err := other.release(); err != nil {
 		t.Error(err)
 	}
-	if err := unlock(); err != nil {
+	if err := lock.release(); err != nil {
 		t.Error(err)
 	}
 	if left, _ := os.ReadDir(filepath.Join(dir, "locks")); len(left) != 0 {
@@ -401,7 +401,7 @@ func TestLockIsExclusiveWhileFilesComeAndGo(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 50 {
-				unlock, err := lockAttachment(context.Background(), dir, "c1", "eth0")
+				lock, err := lockAttachment(context.Background(), dir, "c1", "eth0")
 				if err != nil {
 					t.Error(err)
 					return
@@ -415,7 +415,7 @@ func TestLockIsExclusiveWhileFilesComeAndGo(t *testing.T) {
 				mu.Lock()
 				inside--
 				mu.Unlock()
-				if err := unlock(); err != nil {
+				if err := lock.release(); err != nil {
 					t.Error(err)
 				}
 			}

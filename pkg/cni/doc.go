@@ -10,6 +10,8 @@
 // It does not own what it puts together: devices are pkg/link's, programs and maps pkg/datapath's, records pkg/endpoint's, addresses the
 // IPAM plugin's.
 //
+// Runtimes may never call DEL, and commands are killed: a Collector, which the agent runs, removes what then stays (docs/design/0014-gc.md).
+//
 // Concurrency: commands about one attachment (container ID and interface name) exclude each other by a lock file; different attachments
 // run in parallel.
 package cni

@@ -4,6 +4,7 @@ package cni
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"net/netip"
 
@@ -26,6 +27,19 @@ func (at *attachment) ipamConfig() (*ipam.Config, ipam.Attachment, error) {
 		ContainerID: at.args.ContainerID, IfName: at.args.IfName, Netns: at.args.Netns,
 		PodNamespace: at.pod.namespace, PodName: at.pod.name,
 	}, err
+}
+
+// leaseRun is the run directory of margay-ipam's leases where it is not the plugin's own; else empty.
+func (at *attachment) leaseRun() string {
+	var section struct {
+		IPAM struct {
+			RunDir string `json:"runDir"`
+		} `json:"ipam"`
+	}
+	if !at.ownIPAM() || json.Unmarshal(at.args.StdinData, &section) != nil || section.IPAM.RunDir == at.conf.RunDir {
+		return ""
+	}
+	return section.IPAM.RunDir
 }
 
 // allocate gets the pod's addresses. A failed plugin is told to release what it may have taken; our own has taken nothing then. repeated

@@ -12,6 +12,7 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/link"
+	"github.com/margay-cni/margay/pkg/netns"
 )
 
 // rereads bounds how often ADD follows a policy that keeps changing while it registers the pod. The agent reads the record and the
@@ -47,8 +48,19 @@ func (a *addition) fillRecord() {
 	r.MAC, r.HostMAC = a.podIf.MAC.String(), a.hostIf.MAC.String()
 	r.HostIfName, r.HostIfindex = a.hostIf.Name, a.hostIf.Index
 	r.Adopted = a.conf.PrevResult != nil
+	r.IPAM, r.IPAMRun = a.conf.IPAM.Type, a.leaseRun()
+	r.NetnsID, r.HostNetnsID = namespaceID(a.podNS), namespaceID(a.hostNS)
 	r.Policy = a.start.how
 	r.Created = time.Now().UTC()
+}
+
+// namespaceID is the form of records; empty, which says nothing, where the kernel does not tell.
+func namespaceID(h *netns.Handle) string {
+	id, err := h.ID()
+	if err != nil {
+		return ""
+	}
+	return id.String()
 }
 
 // endpoint returns the map's value, the same for each of the pod's addresses.

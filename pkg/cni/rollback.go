@@ -13,6 +13,8 @@ import (
 // rollback is what has to be undone when ADD fails, in the order in which it was done.
 type rollback struct {
 	undo []undoStep
+	// failed says that something could not be undone.
+	failed bool
 }
 
 type undoStep struct {
@@ -40,6 +42,7 @@ func (r *rollback) run(err *error) {
 	if len(faults) == 0 {
 		return
 	}
+	r.failed = true
 	e := asError(*err)
 	details := errors.Join(faults...).Error()
 	if e.Details != "" {

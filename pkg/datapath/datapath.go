@@ -12,6 +12,7 @@
 //	<bpffs>/progs/<build>/<name> one directory for each build of the programs
 //	<run>/datapath.lock          flock around all of it
 //	<run>/sysctls.json           what Ensure changed, for uninstall
+//	<run>/hostports.json         ports that ReserveHostPorts has reserved, as long as there are any
 //	<run>/mounts.json            what Ensure mounted, for uninstall
 //
 // Kernel floor: 6.1 is tested; the programs need 5.14.

@@ -69,6 +69,9 @@ func ReservePorts(ctx context.Context, cfg Config, r PortRange) error {
 	if err != nil {
 		return err
 	}
+	if err := disownPorts(cfg, r); err != nil {
+		return err
+	}
 	want := joinRanges(append(ranges, r))
 	if slices.Equal(want, joinRanges(ranges)) {
 		return nil

@@ -99,3 +99,59 @@ func TestReservePorts(t *testing.T) {
 		})
 	}
 }
+
+// The hostPorts of now are reserved, those of before are not, and everybody else's ports are left alone.
+func TestReserveHostPorts(t *testing.T) {
+	t.Parallel()
+	ns, cfg := place(t)
+	must(t, os.MkdirAll(cfg.Run, 0o755))
+	reserved := func(want string) {
+		t.Helper()
+		inNS(t, ns, func() error {
+			got, err := readReserved()
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("reserved ports (-want +got):\n%s", diff)
+			}
+			return err
+		})
+	}
+	set := func(ports ...uint16) {
+		t.Helper()
+		var ranges []PortRange
+		for _, p := range ports {
+			ranges = append(ranges, PortRange{p, p})
+		}
+		inNS(t, ns, func() error { return ReserveHostPorts(context.Background(), cfg, ranges) })
+	}
+	inNS(t, ns, func() error { return os.WriteFile(sysctlReserved, []byte("53,8080\n"), 0) })
+	set()
+	reserved("53,8080")
+	if _, err := os.Stat(cfg.Run + "/sysctls.json"); err == nil {
+		t.Error("sysctls.json is there, want nothing remembered where nothing was changed")
+	}
+	set(8080, 8081, 40000)
+	reserved("53,8080-8081,40000")
+	set(8080, 8081, 40000)
+	set(8081)
+	reserved("53,8080-8081") // 8080 is somebody else's
+	set(8081, 31000)
+	inNS(t, ns, func() error { return ReservePorts(context.Background(), cfg, PortRange{30000, 32767}) })
+	set(31001)
+	reserved("53,8080,30000-32767")                                                      // 31000 is a NodePort's by now, and 31001 was one before
+	inNS(t, ns, func() error { return os.WriteFile(sysctlReserved, []byte("53\n"), 0) }) // somebody sets it anew
+	set(31001)
+	reserved("53,31001")
+	// Killed between note and sysctl, in either direction.
+	must(t, os.WriteFile(cfg.Run+"/"+reservedFile, []byte(`[{"First":31001,"Last":31002}]`), 0o600))
+	set(31001, 31002)
+	reserved("53,31001-31002")
+	must(t, os.WriteFile(cfg.Run+"/"+reservedFile, []byte(`[{"First":31001,"Last":31003}]`), 0o600))
+	set()
+	reserved("53")
+	if _, err := os.Stat(cfg.Run + "/" + reservedFile); err == nil {
+		t.Error("the list of reserved hostPorts is there without any")
+	}
+	if diff := cmp.Diff(map[string]string{sysctlReserved: "53,8080"}, recorded(t, cfg, "sysctls.json")); diff != "" {
+		t.Errorf("sysctls.json (-want +got):\n%s", diff)
+	}
+}

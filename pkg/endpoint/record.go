@@ -20,8 +20,17 @@ type Record struct {
 	IfName      string `json:"ifName"`
 	// Netns is CNI_NETNS, the path of the pod's network namespace at ADD.
 	Netns string `json:"netns"`
+	// NetnsID tells that namespace from another one that gets the same path later: device and inode of its file, "4:4026532008". Empty in
+	// records of builds that did not write it.
+	NetnsID string `json:"netnsID,omitempty"`
+	// HostNetnsID is the same of the node's network namespace, in which HostIfindex and HostIfName mean something.
+	HostNetnsID string `json:"hostNetnsID,omitempty"`
 	// Network is the name of the CNI network (the conflist's name).
 	Network string `json:"network"`
+	// IPAM is the IPAM plugin that gave the addresses, empty for an adopted interface; IPAMRun the run directory of its leases, if that is
+	// margay-ipam with one of its own.
+	IPAM    string `json:"ipam,omitempty"`
+	IPAMRun string `json:"ipamRunDir,omitempty"`
 	// Namespace, Name and UID are the pod's, from CNI_ARGS; empty where the runtime knows no pods.
 	Namespace string `json:"namespace,omitempty"`
 	Name      string `json:"name,omitempty"`

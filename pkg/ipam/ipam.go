@@ -5,12 +5,14 @@ package ipam
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/utils"
 )
 
 // Attachment is one interface of one container. ContainerID and IfName name it and are always needed.
@@ -216,6 +218,44 @@ func Leases(ctx context.Context, c *Config) ([]Lease, error) {
 	})
 	slices.SortFunc(out, func(a, b Lease) int { return slices.CompareFunc(a.Addresses, b.Addresses, netip.Addr.Compare) })
 	return out, err
+}
+
+// Networks names the networks that have leases below the run directory, or had some since the boot.
+func Networks(run string) ([]string, error) {
+	dirs, err := os.ReadDir(filepath.Join(run, "ipam"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, asCNI("list networks with leases", err)
+	}
+	var out []string
+	for _, d := range dirs {
+		if d.IsDir() && utils.ValidateNetworkName(d.Name()) == nil {
+			out = append(out, d.Name())
+		}
+	}
+	return out, nil
+}
+
+// Existing returns a configuration that is good for what needs no ranges: Leases, Release, Del and GC.
+func Existing(run, network string) *Config {
+	return &Config{
+		Network: network, RunDir: run, sys: realSystem(),
+		fault: failf(types.ErrInvalidNetworkConfig, "network %s is opened without its ranges", network),
+	}
+}
+
+// Release ends this lease and no other: one that its attachment got since l was read stays. It says whether there was something to end.
+func Release(ctx context.Context, c *Config, l Lease) (ended bool, err error) {
+	err = c.withState(ctx, "release addresses of network "+c.Network, func(s *store) error {
+		return s.run(nil, func(t *tx) error {
+			no, have, before, behind := t.findLease(l.ContainerID, l.IfName)
+			ended = no != 0 && have.Time.Equal(l.Time) && have.Netns == l.Netns && have.ns == l.ns
+			if ended {
+				t.release(no, &have, before, behind, s.sys.boottime())
+			}
+			return t.err
+		})
+	})
+	return ended && err == nil, err
 }
 
 // leases reads every lease of the state.

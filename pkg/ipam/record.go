@@ -134,6 +134,11 @@ type Lease struct {
 	ns nsID
 }
 
+// NetnsFile returns device and inode of the file at Netns when the lease was made; zeros where they are not known.
+func (l *Lease) NetnsFile() (dev, ino uint64) {
+	return l.ns.dev, l.ns.ino
+}
+
 // Offsets in a lease record. The chain is outside the CRC because it changes when a neighbour comes or goes.
 const (
 	leaseChain   = 8

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -29,6 +30,12 @@ func digest(containerID, ifName, use string) [sha256.Size]byte {
 func HostName(containerID, ifName string) string {
 	d := digest(containerID, ifName, "name")
 	return HostPrefix + hex.EncodeToString(d[:])[:11]
+}
+
+// IsHostName says whether a device of that name is one of HostName's.
+func IsHostName(name string) bool {
+	digits, ok := strings.CutPrefix(name, HostPrefix)
+	return ok && len(digits) == 11 && strings.Trim(digits, "0123456789abcdef") == ""
 }
 
 // MACs returns the attachment's addresses, locally administered and unicast.

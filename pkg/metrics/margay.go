@@ -14,6 +14,8 @@ type margay struct {
 	rounds        *prometheus.HistogramVec
 	failures      *prometheus.CounterVec
 	sweepFailures prometheus.Counter
+	gcRemoved     *prometheus.CounterVec
+	gcFailures    prometheus.Counter
 }
 
 // roundBuckets begin where a round that changes one service lies: 0.1 ms to 13 s.
@@ -33,11 +35,17 @@ func newMargay() margay {
 		sweepFailures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "margay_flow_sweep_failures_total", Help: "Sweeps of the flow table that failed",
 		}),
+		gcRemoved: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "margay_gc_removed_total", Help: "What pods that are gone had left on the node and was removed, by kind",
+		}, []string{"kind"}),
+		gcFailures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "margay_gc_failures_total", Help: "Looks for what pods have left that could not read or remove everything",
+		}),
 	}
 }
 
 func (m *margay) all() []prometheus.Collector {
-	return []prometheus.Collector{m.build, m.rounds, m.failures, m.sweepFailures}
+	return []prometheus.Collector{m.build, m.rounds, m.failures, m.sweepFailures, m.gcRemoved, m.gcFailures}
 }
 
 func (m *margay) round(r Round) {

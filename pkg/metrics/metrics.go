@@ -149,6 +149,16 @@ func (m *Metrics) Sweep(took time.Duration, deleted int, failed bool) {
 	m.reconcilerDeleted.WithLabelValues(bothFamilies).Add(float64(deleted))
 }
 
+// Collected notes what a look for what pods have left has removed, by kind.
+func (m *Metrics) Collected(removed map[string]int, failed bool) {
+	for kind, n := range removed {
+		m.gcRemoved.WithLabelValues(kind).Add(float64(n))
+	}
+	if failed {
+		m.gcFailures.Inc()
+	}
+}
+
 // Probed counts an answer of /healthz or /livez; probe is that name without the slash.
 func (m *Metrics) Probed(probe string, code int) {
 	switch probe {

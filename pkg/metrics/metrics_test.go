@@ -42,6 +42,8 @@ func full() *Metrics {
 	m.Round(Round{Ended: at.Add(3 * time.Second), Duration: time.Millisecond}) // the source has not spoken yet
 	m.Sweep(2*time.Millisecond, 9, false)
 	m.Sweep(0, 0, true)
+	m.Collected(map[string]int{"lease": 2, "record": 1}, false)
+	m.Collected(nil, true)
 	m.Probed("healthz", 200)
 	m.Probed("healthz", 503)
 	m.Probed("livez", 200)
@@ -152,6 +154,13 @@ margay_drops_total{direction="ingress",reason="policy"} 7
 # HELP margay_flow_sweep_failures_total Sweeps of the flow table that failed
 # TYPE margay_flow_sweep_failures_total counter
 margay_flow_sweep_failures_total 1
+# HELP margay_gc_failures_total Looks for what pods have left that could not read or remove everything
+# TYPE margay_gc_failures_total counter
+margay_gc_failures_total 1
+# HELP margay_gc_removed_total What pods that are gone had left on the node and was removed, by kind
+# TYPE margay_gc_removed_total counter
+margay_gc_removed_total{kind="lease"} 2
+margay_gc_removed_total{kind="record"} 1
 # HELP margay_map_capacity Entries that a map has room for
 # TYPE margay_map_capacity gauge
 margay_map_capacity{map="flows"} 100
@@ -175,7 +184,7 @@ margay_map_nearly_full{map="services"} 1
 		"kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds", "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
 		"kubeproxy_sync_proxy_rules_nftables_sync_failures_total", "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
 		"kubeproxy_sync_proxy_rules_service_changes_pending", "kubeproxy_sync_proxy_rules_service_changes_total",
-		"margay_build_info", "margay_drops_total", "margay_flow_sweep_failures_total", "margay_map_capacity", "margay_map_entries",
+		"margay_build_info", "margay_drops_total", "margay_flow_sweep_failures_total", "margay_gc_failures_total", "margay_gc_removed_total", "margay_map_capacity", "margay_map_entries",
 		"margay_map_failures_total", "margay_map_nearly_full")
 }
 

@@ -51,6 +51,36 @@ func Current() (*Handle, error) {
 	return Open(currentPath)
 }
 
+// ID tells network namespaces of one machine apart: device and inode of their files. The kernel may give it to another one later.
+// The zero ID stands for one that is not known.
+type ID struct {
+	Dev, Ino uint64
+}
+
+// String is the form of records.
+func (id ID) String() string {
+	return fmt.Sprintf("%d:%d", id.Dev, id.Ino)
+}
+
+// ParseID is the inverse of String; what is none is the zero ID.
+func ParseID(s string) ID {
+	var id ID
+	if n, err := fmt.Sscanf(s, "%d:%d", &id.Dev, &id.Ino); n != 2 || err != nil || id.String() != s {
+		return ID{}
+	}
+	return id
+}
+
+// Identify returns the ID of the namespace at path. The errors are Open's.
+func Identify(path string) (id ID, err error) {
+	h, err := Open(path)
+	if err != nil {
+		return ID{}, err
+	}
+	defer func() { err = errors.Join(err, h.Close()) }()
+	return h.ID()
+}
+
 // Exists says whether path is a network namespace. A missing path and one whose bind mount is gone are both a plain false.
 func Exists(path string) (bool, error) {
 	if path == "" {
@@ -77,16 +107,23 @@ func (h *Handle) Close() error {
 	return h.file.Close()
 }
 
+// ID returns what tells the namespace from others.
+func (h *Handle) ID() (ID, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(h.FD(), &st); err != nil {
+		return ID{}, fmt.Errorf("examine network namespace %s: %w", h.file.Name(), err)
+	}
+	return ID{Dev: uint64(st.Dev), Ino: st.Ino}, nil
+}
+
 // Same says whether both handles are of one namespace.
 func (h *Handle) Same(other *Handle) (bool, error) {
-	var a, b unix.Stat_t
-	if err := unix.Fstat(h.FD(), &a); err != nil {
-		return false, fmt.Errorf("examine network namespace %s: %w", h.file.Name(), err)
+	a, err := h.ID()
+	if err != nil {
+		return false, err
 	}
-	if err := unix.Fstat(other.FD(), &b); err != nil {
-		return false, fmt.Errorf("examine network namespace %s: %w", other.file.Name(), err)
-	}
-	return a.Dev == b.Dev && a.Ino == b.Ino, nil
+	b, err := other.ID()
+	return a == b, err
 }
 
 // Do runs f inside the namespace and returns its error. The thread goes back to where it was afterwards; one that cannot is destroyed.

@@ -183,6 +183,16 @@ func (m *machine) apply(file, content string) {
 // startAgent starts the agent and waits until it has compiled its manifests once.
 func (m *machine) startAgent(flags ...string) {
 	m.t.Helper()
+	m.runAgent(flags...)
+	m.eventually("the agent has compiled its manifests", func() bool {
+		status, err := m.agentStatus()
+		return err == nil && strings.Contains(status, `"written":`)
+	})
+}
+
+// runAgent starts the agent.
+func (m *machine) runAgent(flags ...string) {
+	m.t.Helper()
 	m.agent = exec.Command(filepath.Join(bin, "margay-agent"), "--manifests", m.manifests, "--node", "node",
 		"--bpffs", m.config.BPFFS, "--run", m.config.Run)
 	m.agent.Args = append(m.agent.Args, flags...)
@@ -194,10 +204,6 @@ func (m *machine) startAgent(flags ...string) {
 		if m.t.Failed() {
 			m.t.Logf("agent log:\n%s", m.agentLog.String())
 		}
-	})
-	m.eventually("the agent has compiled its manifests", func() bool {
-		status, err := m.agentStatus()
-		return err == nil && strings.Contains(status, `"written":`)
 	})
 }
 
