@@ -8,13 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 	"time"
 )
 
-// facts asks the cluster and the repository where the coming report is from.
+// facts asks the cluster where the coming report is from.
 func (r runner) facts(ctx context.Context) (facts, error) {
 	nodes, err := r.cluster.Kubectl(ctx, "get", "nodes", "--output=json")
 	if err != nil {
@@ -24,11 +23,9 @@ func (r runner) facts(ctx context.Context) (facts, error) {
 	if err != nil {
 		return facts{}, err
 	}
-	version, err := exec.CommandContext(ctx, "git", "describe", "--tags", "--always", "--dirty").Output()
-	if err != nil {
-		return facts{}, fmt.Errorf("version of this repository: %w", err)
+	if f.version, err = r.version(ctx); err != nil {
+		return facts{}, err
 	}
-	f.version = strings.TrimSpace(string(version))
 	f.date = time.Now().UTC().Format(time.DateOnly)
 	f.network = r.cluster.CNI
 	if f.network == "margay" {
@@ -36,6 +33,23 @@ func (r runner) facts(ctx context.Context) (facts, error) {
 	}
 	f.command = strings.Join(append([]string{"conformance"}, os.Args[1:]...), " ")
 	return f, nil
+}
+
+// version asks an agent for its version: the cluster may have been started from another state of the repository than the one that is here
+// now. Without Margay there is none.
+func (r runner) version(ctx context.Context) (string, error) {
+	if r.cluster.CNI != "margay" {
+		return "none", nil
+	}
+	said, err := r.cluster.Kubectl(ctx, "--namespace=kube-system", "exec", "daemonset/margay", "--container=agent", "--", "/usr/bin/margay-agent", "--version")
+	if err != nil {
+		return "", fmt.Errorf("version of Margay: %w", err)
+	}
+	version, ok := strings.CutPrefix(strings.TrimSpace(said), "margay-agent ")
+	if !ok {
+		return "", fmt.Errorf("version of Margay: margay-agent --version says %q", said)
+	}
+	return version, nil
 }
 
 // parseNodes takes a NodeList as JSON. A node that is not ready is an error: the suite would wait half an hour for it.

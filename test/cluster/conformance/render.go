@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// facts say where a report comes from. All are asked of the cluster and of the repository when it is made.
+// facts say where a report comes from. All are asked of the cluster when it is made.
 type facts struct {
 	date       string // of the run, YYYY-MM-DD
 	version    string // of Margay

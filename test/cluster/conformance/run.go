@@ -97,14 +97,29 @@ func (r runner) logged(ctx context.Context, path string, shown io.Writer, argv [
 	cmd.Stdout, cmd.Stderr = io.MultiWriter(log, shown), errorLog
 	// The names of the images are those that were packed, whatever the caller's shell says.
 	cmd.Env = append(cmd.Env, "KUBE_TEST_REPO_LIST=", "KUBE_TEST_REPO=")
-	// Interrupted suites still clean up and report.
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
-	cmd.WaitDelay = 2 * time.Minute
 	fmt.Printf("running %s; its output: %s\n", filepath.Base(argv[0]), path)
-	if err := cmd.Run(); err != nil {
+	if err := runGroup(cmd, 5*time.Minute); err != nil {
 		return fmt.Errorf("%s: %w, see %s", filepath.Base(argv[0]), err, path)
 	}
 	return nil
+}
+
+// runGroup runs a command and leaves no process of it behind. When the command's context ends, it is interrupted, so that a suite cleans up
+// and reports; after grace it is killed, and so are the processes that it started: without their parent they would go on with their tests.
+func runGroup(cmd *exec.Cmd, grace time.Duration) error {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
+	cmd.WaitDelay = grace
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	// Numbers are given out in turn, so the group has it still, or nobody has.
+	group := cmd.Process.Pid
+	err := cmd.Wait()
+	if killErr := syscall.Kill(-group, syscall.SIGKILL); killErr != nil && !errors.Is(killErr, syscall.ESRCH) {
+		err = errors.Join(err, fmt.Errorf("end what %s left: %w", filepath.Base(cmd.Path), killErr))
+	}
+	return err
 }
 
 // unaccounted returns an error for tests that were not run although nothing leaves them out, or that skipped themselves for a reason that is
