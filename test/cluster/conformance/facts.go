@@ -41,15 +41,20 @@ func (r runner) version(ctx context.Context) (string, error) {
 	if r.cluster.CNI != "margay" {
 		return "none", nil
 	}
-	said, err := r.cluster.Kubectl(ctx, "--namespace=kube-system", "exec", "daemonset/margay", "--container=agent", "--", "/usr/bin/margay-agent", "--version")
+	cmd, err := r.cluster.KubectlCommand(ctx, "--namespace=kube-system", "exec", "daemonset/margay", "--container=agent", "--", "/usr/bin/margay-agent", "--version")
 	if err != nil {
-		return "", fmt.Errorf("version of Margay: %w", err)
+		return "", err
 	}
-	version, ok := strings.CutPrefix(strings.TrimSpace(said), "margay-agent ")
-	if !ok {
-		return "", fmt.Errorf("version of Margay: margay-agent --version says %q", said)
+	said, err := cmd.CombinedOutput() // it says so on standard error
+	if err != nil {
+		return "", fmt.Errorf("version of Margay: %w: %s", err, said)
 	}
-	return version, nil
+	for line := range strings.Lines(string(said)) {
+		if version, ok := strings.CutPrefix(strings.TrimSpace(line), "margay-agent "); ok {
+			return version, nil
+		}
+	}
+	return "", fmt.Errorf("version of Margay: margay-agent --version says %q", said)
 }
 
 // parseNodes takes a NodeList as JSON. A node that is not ready is an error: the suite would wait half an hour for it.
