@@ -234,7 +234,13 @@ func (f *flags) service() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			verbs := map[string]func(string) error{"start": m.Start, "stop": m.Stop, "kill": m.Kill}
+			start := m.Start
+			for _, n := range c.Nodes() {
+				if n.Name == m.Name {
+					start = n.Start
+				}
+			}
+			verbs := map[string]func(string) error{"start": start, "stop": m.Stop, "kill": m.Kill}
 			verb, ok := verbs[args[0]]
 			if !ok {
 				return fmt.Errorf("no verb %s: want start, stop or kill", args[0])

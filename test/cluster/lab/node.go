@@ -136,18 +136,42 @@ func (n *Node) kubeletConfig() (string, error) {
 }
 
 // start starts the node's machine, containerd and kubelet.
-func (n *Node) start(ctx context.Context) error {
+func (n *Node) start() error {
 	if err := n.powerOn(n.c.plugNode(n)); err != nil {
 		return err
 	}
 	if err := n.Start(Containerd); err != nil {
 		return err
 	}
-	// Kubelet waits for nothing: it ends when containerd does not answer.
+	return n.Start(Kubelet)
+}
+
+// Start starts a service that does not run. Kubelet waits for nothing, and ends when containerd does not answer: so it is started when
+// containerd does.
+func (n *Node) Start(service string) error {
+	if service != Kubelet {
+		return n.Machine.Start(service)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
 	if err := n.waitContainerd(ctx); err != nil {
 		return err
 	}
-	return n.Start(Kubelet)
+	if err := os.WriteFile(filepath.Join(n.dir, kubeletFile), []byte(time.Now().String()), 0o600); err != nil {
+		return err
+	}
+	return n.Machine.Start(Kubelet)
+}
+
+// kubeletFile was written when kubelet was started the last time.
+const kubeletFile = "kubelet-started"
+
+func (m *Machine) kubeletStarted() (time.Time, error) {
+	info, err := os.Stat(filepath.Join(m.dir, kubeletFile))
+	if err != nil {
+		return time.Time{}, err
+	}
+	return info.ModTime(), nil
 }
 
 func (n *Node) waitContainerd(ctx context.Context) error {
@@ -203,7 +227,7 @@ func (n *Node) Reboot(ctx context.Context) error {
 
 // PowerOn starts a node that was switched off.
 func (n *Node) PowerOn(ctx context.Context) error {
-	if err := n.start(ctx); err != nil {
+	if err := n.start(); err != nil {
 		return err
 	}
 	if n.c.CNI != "reference" {

@@ -19,14 +19,13 @@ import (
 // process names a process for good: its number may be given to another one later, its start time not.
 type process struct {
 	PID   int
-	Start uint64    // clock ticks since the machine started
-	On    time.Time // when it was made
+	Start uint64 // clock ticks since the machine started
 }
 
 // identify names the living process pid.
 func identify(pid int) (process, error) {
 	start, _, err := stat(pid)
-	return process{PID: pid, Start: start, On: time.Now()}, err
+	return process{PID: pid, Start: start}, err
 }
 
 // stat returns when a process started and its state, one letter. See proc_pid_stat(5): fields 22 and 3, counted from behind the command,

@@ -60,7 +60,7 @@ func (c *Cluster) startNodes(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		return errors.Join(n.define(spec), n.start(ctx))
+		return errors.Join(n.define(spec), n.start())
 	})
 	if err != nil {
 		return err
@@ -106,11 +106,11 @@ func (c *Cluster) WaitReady(ctx context.Context, names ...string) error {
 				return fmt.Errorf("node %s has not registered", name)
 			}
 			machine := c.machine(name)
-			p, err := recorded(machine.dir)
+			since, err := machine.kubeletStarted()
 			if err != nil {
 				return err
 			}
-			if err := ready(n, p.On); err != nil {
+			if err := ready(n, since); err != nil {
 				return err
 			}
 		}
