@@ -106,30 +106,30 @@ func TestAPIServerIsAway(t *testing.T) {
 		}
 		return true
 	}
-	eventually(t, "an answer", asked)
+	within(t, time.Minute, "an answer", asked)
 	// The cluster's own ranges stand in for the flag.
 	learned := []string{"10.96.0.0/16 from 192.0.2.1", "fd00:96::/112 from 2001:db8:1::1"}
-	eventually(t, "routes", func() bool { return cmp.Equal(learned, serviceRoutes(t, n)) })
-	eventually(t, "readiness", func() bool {
+	within(t, time.Minute, "routes", func() bool { return cmp.Equal(learned, serviceRoutes(t, n)) })
+	within(t, time.Minute, "readiness", func() bool {
 		code, _ := ask(t, n, "http://127.0.0.1:10256/readyz")
 		return code == 200 && first.ready()
 	})
 	before := contents(t, n)
 
 	s.Stop()
-	eventually(t, "a problem", func() bool { return strings.Contains(fmt.Sprint(first.status().Source), "cannot be reached since") })
+	within(t, time.Minute, "a problem", func() bool { return strings.Contains(fmt.Sprint(first.status().Source), "cannot be reached since") })
 	if code, _ := ask(t, n, "http://127.0.0.1:10256/readyz"); code != 200 {
 		t.Errorf("/readyz of a running agent without API server = %d, want 200", code)
 	}
 	first.kill()
 
 	second := startFrom(t, n, s)
-	eventually(t, "the next agent's problem", func() bool {
+	within(t, time.Minute, "the next agent's problem", func() bool {
 		_, err := second.get("/healthz")
 		return err == nil && strings.Contains(fmt.Sprint(second.status().Source), "nothing is changed until everything has been read")
 	})
 	rounds, sweeps := second.status().Rounds, second.status().Flows.Last
-	eventually(t, "full rounds and sweeps without API server", func() bool {
+	within(t, time.Minute, "full rounds and sweeps without API server", func() bool {
 		st := second.status()
 		return st.Rounds > rounds+2 && st.Flows.Last.After(sweeps)
 	})
@@ -147,7 +147,7 @@ func TestAPIServerIsAway(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	eventually(t, "the pod's programs to be attached again", asked)
+	within(t, time.Minute, "the pod's programs to be attached again", asked)
 	if diff := cmp.Diff(before, contents(t, n)); diff != "" {
 		t.Errorf("maps (-before +after):\n%s", diff)
 	}
@@ -161,7 +161,7 @@ func TestAPIServerIsAway(t *testing.T) {
 		s.Put(slice)
 	}
 	n.NS.Do(s.Start)
-	eventually(t, "what happened meanwhile", func() bool {
+	within(t, time.Minute, "what happened meanwhile", func() bool {
 		_, gone := service(t, n.DP, netip.MustParseAddr("10.96.0.10"), 80)
 		_, here := service(t, n.DP, netip.MustParseAddr("fd00:96::11"), 80)
 		return !gone && here && second.ready()
@@ -263,7 +263,7 @@ func bulkyPod(i int) *corev1.Pod {
 	p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
 		Namespace: "default", Name: fmt.Sprintf("web-5d8f9c7b6d-%05d", i), UID: "0f1e2d3c-aaaa-bbbb-cccc-1234567890ab",
 		Labels:        map[string]string{"app": fmt.Sprint("web-", i/50), "pod-template-hash": "5d8f9c7b6d", "app.kubernetes.io/name": "web"},
-		ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kube-controller-manager", FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f":"` + strings.Repeat("x", 4000) + `"}`)}}},
+		ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kube-controller-manager", FieldsV1: metav1.NewFieldsV1(`{"f":"` + strings.Repeat("x", 4000) + `"}`)}},
 	}}
 	for c := range 2 {
 		container := corev1.Container{Name: fmt.Sprint("c", c), Image: "registry.example/team/web:1.2.3", Ports: []corev1.ContainerPort{{Name: "http", ContainerPort: 8080}}}

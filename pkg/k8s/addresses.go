@@ -22,7 +22,7 @@ import (
 // serverName is in every API server's certificate, whatever its addresses are: pods verify it by this name.
 const serverName = "kubernetes.default.svc"
 
-// RememberedFile, in the state directory, has the API servers' addresses that the cluster itself names. It survives reboots.
+// RememberedFile is in the state directory and has the API servers' addresses that the cluster itself names. It survives reboots.
 const RememberedFile = "apiservers.json"
 
 // rememberedVersion is the layout of remembered.
