@@ -278,6 +278,11 @@ enum policy_verdict {
 	VERDICT_DENY = 2,
 };
 
+enum policy_entry_flags {
+	/* A ClusterNetworkPolicy denies: holds also from a pod to its own node, and for a pod that reaches itself through a service. */
+	POLICY_ENTRY_CLUSTER = 1,
+};
+
 /*
  * A packet may match one entry for its peer's identity and one for IDENTITY_ANY. The lower rank decides, then deny.
  * Within one identity the longest prefix hides the shorter ones; the compiler has already settled their order.
@@ -287,7 +292,7 @@ struct policy_entry {
 	__u32 verdict; /* enum policy_verdict */
 	__u32 rank;
 	__u32 rule_id;
-	__u32 reserved;
+	__u32 flags; /* enum policy_entry_flags */
 };
 
 struct counter {

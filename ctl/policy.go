@@ -33,10 +33,12 @@ type policyEntry struct {
 	Protocol string     `json:"protocol,omitempty"`
 	Ports    *portRange `json:"ports,omitempty"`
 	Verdict  string     `json:"verdict"`
-	// Rank: of two entries that match, the lower rank decides.
+	// Rank: of two entries that match, the lower rank decides; within one rank that with fewer ports.
 	Rank   uint32 `json:"rank"`
 	RuleID uint32 `json:"ruleID"`
 	Rule   string `json:"rule,omitempty"`
+	// Cluster: a ClusterNetworkPolicy denies, also to the pod's own node and to itself through a service.
+	Cluster bool `json:"cluster,omitempty"`
 }
 
 // policyInfo is one policy id in one direction.
@@ -195,7 +197,7 @@ func (c *policyCollector) peersByIdentity() (map[uint32][]string, error) {
 func (c *policyCollector) entry(k bpf.PolicyKey, e bpf.PolicyEntry, peers map[uint32][]string) policyEntry {
 	out := policyEntry{
 		Identity: k.Identity, Peers: peers[k.Identity], Verdict: bpf.VerdictName(e.Verdict), Rank: e.Rank,
-		RuleID: e.RuleId, Rule: c.names.Rule(e.RuleId),
+		RuleID: e.RuleId, Rule: c.names.Rule(e.RuleId), Cluster: e.Flags&bpf.PolicyEntryCluster != 0,
 	}
 	if k.Identity < bpf.IdentityFirst || k.Identity == bpf.IdentityAny {
 		out.Peers = []string{bpf.IdentityName(k.Identity)}

@@ -218,20 +218,22 @@ static __always_inline int check_source(struct __sk_buff *skb, const struct pkt 
 }
 
 /*
- * Egress policy of the opener, then ingress policy of the other end. Traffic with the node itself is always allowed (contract row
- * N10), and so is a pod with itself.
+ * Egress policy of the opener, then ingress policy of the other end. What the node itself sends is always allowed, and NetworkPolicy has
+ * no say in what a pod sends to its node or, through a service, to itself (contract row N10). ClusterNetworkPolicy has (rows C4,
+ * C7), but not where a pod uses its own address.
  */
 __noinline int judge(struct new_flow *nf)
 {
-	int from_host, ret;
+	int from_host, itself, ret;
 
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
-	if (addr_equal(&nf->fwd.src, &nf->post.dst))
+	itself = addr_equal(&nf->fwd.src, &nf->post.dst);
+	if (itself && addr_equal(&nf->fwd.src, &nf->fwd.dst))
 		return 0;
-	if (nf->src.ifindex && nf->src.policy_id[EGRESS] != POLICY_NONE &&
-	    (nf->dst.ifindex || !(node_addr_flags_of(&nf->post.dst) & NODE_ADDR_LOCAL))) {
-		ret = policy_check(nf, &nf->src, EGRESS, nf->dst.ifindex ? nf->dst.identity : identity_of(&nf->post.dst));
+	if (nf->src.ifindex && nf->src.policy_id[EGRESS] != POLICY_NONE) {
+		ret = policy_check(nf, &nf->src, EGRESS, nf->dst.ifindex ? nf->dst.identity : identity_of(&nf->post.dst),
+				   nf->dst.ifindex ? itself : node_addr_flags_of(&nf->post.dst) & NODE_ADDR_LOCAL);
 		if (ret)
 			return ret;
 	}
@@ -242,7 +244,7 @@ __noinline int judge(struct new_flow *nf)
 		    ((nf->flags & FLOW_FROM_HOST) || (node_addr_flags_of(&nf->fwd.src) & NODE_ADDR_LOCAL));
 	if (from_host)
 		return 0;
-	return policy_check(nf, &nf->dst, INGRESS, nf->src.ifindex ? nf->src.identity : identity_of(&nf->fwd.src));
+	return policy_check(nf, &nf->dst, INGRESS, nf->src.ifindex ? nf->src.identity : identity_of(&nf->fwd.src), itself);
 }
 
 /* The epoch of a slot (flow_out_slot) that the flow was judged under. */

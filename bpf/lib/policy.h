@@ -63,6 +63,7 @@ static __always_inline struct new_flow *new_flow(void)
 struct judgement {
 	__u32 verdict; /* enum policy_verdict */
 	__u32 rule_id;
+	__u32 flags; /* enum policy_entry_flags */
 };
 
 static __always_inline struct policy_entry *policy_find(struct policy_key *key, __u32 identity)
@@ -92,12 +93,17 @@ static __always_inline struct judgement policy_judge(__u32 policy_id, __u32 dire
 	if (own) {
 		j.verdict = own->verdict;
 		j.rule_id = own->rule_id;
+		j.flags = own->flags;
 	}
 	return j;
 }
 
-/* 0, or minus the reason to drop. nf->rule_id names the rule that decided last, nf->direction whose it is. */
-static __always_inline int policy_check(struct new_flow *nf, const struct endpoint *subject, __u32 direction, __u32 peer_identity)
+/*
+ * 0, or minus the reason to drop. nf->rule_id names the rule that decided last, nf->direction whose it is. Of exempt traffic only a
+ * ClusterNetworkPolicy can deny something.
+ */
+static __always_inline int policy_check(struct new_flow *nf, const struct endpoint *subject, __u32 direction, __u32 peer_identity,
+					int exempt)
 {
 	__u32 id = subject->policy_id[direction];
 	struct judgement j;
@@ -105,6 +111,8 @@ static __always_inline int policy_check(struct new_flow *nf, const struct endpoi
 	if (id == POLICY_NONE)
 		return 0;
 	j = policy_judge(id, direction, peer_identity, &nf->post);
+	if (exempt && !(j.flags & POLICY_ENTRY_CLUSTER))
+		return 0;
 	nf->rule_id = j.rule_id;
 	nf->direction = direction;
 	if (j.verdict == VERDICT_ALLOW)

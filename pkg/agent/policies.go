@@ -108,7 +108,9 @@ func (p *pipeline) kernelResult() *policy.Result {
 		r.Entries[policy.Key{
 			Policy: k.PolicyId, Identity: k.Identity, Direction: policy.Direction(k.Direction), Protocol: k.Proto,
 			Port: bpf.Port16(k.Port), Bits: uint8(k.Prefixlen - bpf.PolicyPrefixBase),
-		}] = policy.Entry{Verdict: policy.Verdict(v.Verdict), Rank: v.Rank, Rule: v.RuleId}
+		}] = policy.Entry{
+			Verdict: policy.Verdict(v.Verdict), Rank: v.Rank, Rule: v.RuleId, Cluster: v.Flags&bpf.PolicyEntryCluster != 0,
+		}
 	}
 	for _, l := range p.local {
 		for _, a := range l.record.Addresses {

@@ -132,8 +132,8 @@ func (p *pipeline) describe() {
 		r.Problems = append(r.Problems, "policies could not be compiled: "+p.policyErr.Error())
 	}
 	if p.policyResult != nil {
-		for key, err := range p.policyResult.Invalid {
-			r.Problems = append(r.Problems, "NetworkPolicy "+key.String()+": "+err.Error())
+		for _, err := range p.policyResult.Invalid {
+			r.Problems = append(r.Problems, err.Error()) // it names the policy
 		}
 	}
 	if p.serviceResult != nil {
@@ -161,7 +161,7 @@ func (p *pipeline) describe() {
 	if p.merged != nil {
 		r.Counts.Pods = len(p.merged.Pods)
 		r.Counts.Services = len(p.merged.Services)
-		r.Counts.Policies = len(p.merged.NetworkPolicies)
+		r.Counts.Policies = len(p.merged.NetworkPolicies) + len(p.merged.ClusterNetworkPolicies)
 		r.Counts.Namespaces = len(p.merged.Namespaces)
 		r.Counts.Nodes = len(p.merged.Nodes)
 	}

@@ -136,7 +136,11 @@ func newPolicyMaps(r *policy.Result, scheduled map[state.Key]*state.Pod) policyM
 		ids:     map[uint32]struct{}{},
 	}
 	for k, e := range r.Entries {
-		w.policy[newPolicyKey(k)] = bpf.PolicyEntry{Verdict: uint32(e.Verdict), Rank: e.Rank, RuleId: e.Rule}
+		entry := bpf.PolicyEntry{Verdict: uint32(e.Verdict), Rank: e.Rank, RuleId: e.Rule}
+		if e.Cluster {
+			entry.Flags = bpf.PolicyEntryCluster
+		}
+		w.policy[newPolicyKey(k)] = entry
 		w.ids[k.Policy] = struct{}{}
 	}
 	for p, id := range r.Identities {
@@ -149,12 +153,10 @@ func newPolicyMaps(r *policy.Result, scheduled map[state.Key]*state.Pod) policyM
 			}
 		}
 	}
-	var anywhere bool
 	for namespace, restricted := range r.Restricted {
-		anywhere = anywhere || restricted
 		w.pending[datapath.PendingKeyOf(namespace, "", "")] = summary(restricted)
 	}
-	w.pending[datapath.PendingKeyOf("", "", "")] = summary(anywhere)
+	w.pending[datapath.PendingKeyOf("", "", "")] = summary(r.RestrictedElsewhere)
 	return w
 }
 

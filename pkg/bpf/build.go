@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "7bd8ba9222b90b3ec40d6bea"
+const build = "98842d20dc724dbdc2fb3a48"

@@ -447,12 +447,18 @@ type dpPendingKey struct {
 }
 
 type dpPolicyEntry struct {
-	_        structs.HostLayout
-	Verdict  uint32
-	Rank     uint32
-	RuleId   uint32
-	Reserved uint32
+	_       structs.HostLayout
+	Verdict uint32
+	Rank    uint32
+	RuleId  uint32
+	Flags   uint32
 }
+
+type dpPolicyEntryFlags uint32
+
+const (
+	dpPolicyEntryFlagsPOLICY_ENTRY_CLUSTER dpPolicyEntryFlags = 1
+)
 
 type dpPolicyId uint32
 

@@ -129,6 +129,8 @@ const (
 	VerdictAllow = uint32(dpPolicyVerdictVERDICT_ALLOW)
 	VerdictDeny  = uint32(dpPolicyVerdictVERDICT_DENY)
 
+	PolicyEntryCluster = uint32(dpPolicyEntryFlagsPOLICY_ENTRY_CLUSTER)
+
 	FlowToStack    = uint8(dpFlowActionFLOW_TO_STACK)
 	FlowToPod      = uint8(dpFlowActionFLOW_TO_POD)
 	FlowToNetdev   = uint8(dpFlowActionFLOW_TO_NETDEV)

@@ -59,6 +59,8 @@ func (a *assembler) add(file string, o *object) {
 		a.snapshot.EndpointSlices[v.Key] = v
 	case *state.NetworkPolicy:
 		a.snapshot.NetworkPolicies[v.Key] = v
+	case *state.ClusterNetworkPolicy:
+		a.snapshot.ClusterNetworkPolicies[v.Name] = v
 	}
 	if ns := o.key.Namespace; ns != "" && a.snapshot.Namespaces[ns] == nil {
 		a.snapshot.Namespaces[ns] = state.ImplicitNamespace(ns)

@@ -16,6 +16,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	kjson "sigs.k8s.io/json"
+	policyv1alpha2 "sigs.k8s.io/network-policy-api/apis/v1alpha2"
 
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -53,6 +54,8 @@ type parser struct {
 	file, node string
 	content    content
 	ignored    map[string]bool
+	// raw is the JSON of the object that is being decoded.
+	raw []byte
 }
 
 // parse reads the text of a file; node is this node's name. The objects are complete only if no problem is an error.
@@ -128,6 +131,8 @@ func (p *parser) object(n *yaml.Node, apiVersion, kind string) {
 		decode(p, n, kind, true, checkEndpointSlice, func(o *discoveryv1.EndpointSlice) any { return valueOrNil(state.FromEndpointSlice(o)) })
 	case "networking.k8s.io/v1 NetworkPolicy":
 		decode(p, n, kind, true, checkNetworkPolicy, func(o *networkingv1.NetworkPolicy) any { return state.FromNetworkPolicy(o) })
+	case "policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy":
+		decode(p, n, kind, false, checkClusterNetworkPolicy, p.fromClusterNetworkPolicy)
 	default:
 		what := kind + " of " + apiVersion
 		if !p.ignored[what] {
@@ -143,6 +148,15 @@ func (p *parser) fromPod(pod *corev1.Pod) any {
 	isReady := func(c corev1.PodCondition) bool { return c.Type == corev1.PodReady }
 	if !slices.ContainsFunc(pod.Status.Conditions, isReady) {
 		out.Ready = true
+	}
+	return out
+}
+
+// fromClusterNetworkPolicy converts a policy from what the file says: the typed object has lost the fields that it does not know.
+func (p *parser) fromClusterNetworkPolicy(*policyv1alpha2.ClusterNetworkPolicy) any {
+	out, err := state.FromClusterNetworkPolicy(p.raw)
+	if err != nil {
+		return nil // it has no name, which is reported
 	}
 	return out
 }
@@ -173,6 +187,7 @@ func decode[T any, P interface {
 		p.report(name, *err)
 		return
 	}
+	p.raw = e.buf.Bytes()
 	var api T
 	unknown, err := kjson.UnmarshalStrict(e.buf.Bytes(), &api)
 	if err != nil {
