@@ -56,7 +56,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance cluster-build cluster-up cluster-down cluster-shell cluster-test lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules manifests
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance cluster-build cluster-up cluster-down cluster-shell cluster-test test-cluster cluster-smoke lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules manifests
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -119,6 +119,12 @@ cluster-shell: ## Start a shell in a machine of the test cluster: NODE=node1, co
 
 cluster-test: cluster-build ## Test the test cluster itself, with the reference network (needs root, about 6 minutes)
 	go test -tags cluster -count=1 -timeout 40m $(TESTFLAGS) ./test/cluster/lab
+
+test-cluster: cluster-build image ## Test Margay on a Kubernetes cluster that is made for it and ended again (needs root)
+	go test -tags cluster -count=1 -timeout 60m $(TESTFLAGS) ./test/cluster/e2e -up -nodes $(NODES) -family $(FAMILY) -cni $(CNI)
+
+cluster-smoke: cluster-build image ## A minute of test-cluster: install Margay with its manifest, ask pods, services, NodePorts and DNS (needs root)
+	go test -tags cluster -count=1 -timeout 10m -run '^TestSmoke$$' $(TESTFLAGS) ./test/cluster/e2e -up -cluster smoke
 
 lint: ## gofmt, go vet, staticcheck, shellcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [[ -z $$unformatted ]] || { echo "not formatted, run make fmt: $$unformatted"; exit 1; }

@@ -69,6 +69,9 @@ func (c *Cluster) outsidePrefixes() []netip.Prefix { return pick(c.Family, outsi
 // PodRanges returns the ranges that the nodes' pod ranges are taken from.
 func (c *Cluster) PodRanges() []netip.Prefix { return pick(c.Family, pods4, pods6) }
 
+// ClientAddresses returns the addresses of the client outside, one for each family.
+func (c *Cluster) ClientAddresses() []netip.Addr { return addresses(c.outsidePrefixes(), clientNumber) }
+
 // ServiceRanges returns the ranges that cluster addresses are taken from.
 func (c *Cluster) ServiceRanges() []netip.Prefix { return pick(c.Family, services4, services6) }
 
