@@ -39,9 +39,7 @@ func TestShippedUnitStartsThisAgent(t *testing.T) {
 		if name == "without the file" {
 			environment = strings.Fields(strings.TrimPrefix(text, "Environment="))
 		} else {
-			for _, m := range setting.FindAllString(text, -1) {
-				environment = append(environment, m)
-			}
+			environment = setting.FindAllString(text, -1)
 		}
 		line := command[2]
 		for _, e := range environment {
