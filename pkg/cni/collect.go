@@ -29,6 +29,12 @@ const DefaultGrace = 10 * time.Second
 // would have to load them again.
 const programsAge = 10 * time.Minute
 
+// A Collector does not wait long for a lock of leases: whoever has it for longer hangs, and the rest of the node must not wait for that.
+const (
+	readTimeout   = 2 * time.Second
+	removeTimeout = 5 * time.Second
+)
+
 // The kinds of what a Collector removes.
 const (
 	kindRecord   = "record"
@@ -86,7 +92,9 @@ type look struct {
 	records  []*endpoint.Record
 	journals []foundJournal
 	leases   []foundLease
-	removed  map[string]int
+	// leasesKnown says that all of them could be read: only then a device without lease has none.
+	leasesKnown bool
+	removed     map[string]int
 	// seenNow will be the Collector's seen.
 	seenNow map[string]bool
 }
@@ -121,7 +129,7 @@ func (c *Collector) Collect(ctx context.Context) (removed map[string]int, suspec
 		if now.Sub(first) < c.grace || !known {
 			continue
 		}
-		err := r.remove(ctx)
+		err := removeInTime(ctx, r)
 		if err == nil {
 			delete(since, r.key) // removed, or alive after all
 			continue
@@ -136,6 +144,12 @@ func (c *Collector) Collect(ctx context.Context) (removed map[string]int, suspec
 	maps.DeleteFunc(c.said, func(key, _ string) bool { _, ok := since[key]; return !ok })
 	faults = append(faults, l.removePrograms(ctx))
 	return l.removed, len(since), errors.Join(faults...)
+}
+
+func removeInTime(ctx context.Context, r residue) error {
+	ctx, cancel := context.WithTimeout(ctx, removeTimeout)
+	defer cancel()
+	return r.remove(ctx)
 }
 
 // read reads the node. What could not be read of single files is no reason to leave the rest: that is unreadable.
@@ -154,6 +168,9 @@ func (l *look) read(ctx context.Context) (unreadable, err error) {
 	l.records, err = endpoint.NewStore(l.run).List()
 	faults = append(faults, err, l.elsewhere())
 	l.leases, err = l.readLeases(ctx)
+	if l.leasesKnown = err == nil; !l.leasesKnown {
+		maps.Copy(l.seenNow, l.seen)
+	}
 	return errors.Join(append(faults, err)...), nil
 }
 
@@ -186,7 +203,7 @@ func (l *look) readLeases(ctx context.Context) (out []foundLease, err error) {
 		networks, err := ipam.Networks(run)
 		faults = append(faults, err)
 		for _, network := range networks {
-			leases, err := ipam.Leases(ctx, ipam.Existing(run, network))
+			leases, err := readNetwork(ctx, run, network)
 			faults = append(faults, err)
 			for _, lease := range leases {
 				out = append(out, foundLease{lease, run, network})
@@ -194,6 +211,12 @@ func (l *look) readLeases(ctx context.Context) (out []foundLease, err error) {
 		}
 	}
 	return out, errors.Join(faults...)
+}
+
+func readNetwork(ctx context.Context, run, network string) ([]ipam.Lease, error) {
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	return ipam.Leases(ctx, ipam.Existing(run, network))
 }
 
 // residues are what looks dead.
@@ -206,7 +229,9 @@ func (l *look) residues() (out []residue) {
 			out = append(out, l.recordResidue(r))
 		}
 	}
-	out = append(out, l.deviceResidues()...)
+	if l.leasesKnown {
+		out = append(out, l.deviceResidues()...)
+	}
 	return append(out, l.leaseResidues()...)
 }
 
@@ -249,7 +274,7 @@ func (l *look) attachment(j journal) (*attachment, error) {
 	return &attachment{
 		conf: decoded, log: l.log.With(slog.String("containerID", j.ContainerID), slog.String("ifName", j.IfName)),
 		args:     &skel.CmdArgs{ContainerID: j.ContainerID, IfName: j.IfName, Netns: j.Netns, StdinData: stdin},
-		closeLog: func() error { return nil },
+		closeLog: func() error { return nil }, pollLocks: true,
 	}, nil
 }
 

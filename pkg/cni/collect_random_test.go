@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -271,13 +272,14 @@ func TestCollectorAndAStoppedPlugin(t *testing.T) {
 	}
 }
 
-// stopInside stops the process when its journal is there, and says whether it was in time.
+// stopInside stops the process when its journal is there, and says whether it was in time. One that has the lock of the leases goes on: nobody
+// could read those.
 func (n *node) stopInside(cmd *exec.Cmd, id string) bool {
 	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
 		if n.interrupted(id) {
 			_ = cmd.Process.Signal(unix.SIGSTOP)
 			time.Sleep(5 * time.Millisecond) // until it has stopped
-			if n.interrupted(id) {
+			if n.interrupted(id) && n.leasesAreFree() {
 				return true
 			}
 			_ = cmd.Process.Signal(unix.SIGCONT)
@@ -288,4 +290,73 @@ func (n *node) stopInside(cmd *exec.Cmd, id string) bool {
 		}
 	}
 	return false
+}
+
+func (n *node) leasesAreFree() bool {
+	n.t.Helper()
+	unlock, free := n.lockLeases()
+	if free {
+		unlock()
+	}
+	return free
+}
+
+// lockLeases takes the lock of the leases, if nobody has it.
+func (n *node) lockLeases() (unlock func(), ok bool) {
+	n.t.Helper()
+	f, err := os.OpenFile(filepath.Join(n.run, "ipam", "net", "lock"), os.O_RDWR, 0)
+	if os.IsNotExist(err) {
+		return func() {}, true // nobody has leased anything yet
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	unlock = func() {
+		if err := f.Close(); err != nil {
+			n.t.Error(err)
+		}
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		unlock()
+		return nil, false
+	}
+	return unlock, true
+}
+
+// A plugin that hangs with the lock of the leases holds nothing up but what needs them, and not that for good.
+func TestCollectorBesideALockThatIsHeld(t *testing.T) {
+	n, pod := newNode(t), netnstest.New(t)
+	before := n.state()
+	conf := n.conf(familyRanges["dual stack"])
+	n.mustAdd(cmdArgs("c1", pod.Path(), conf))
+	n.kill("attach programs", cmdArgs("c2", netnstest.New(t).Path(), conf))
+	pod.Delete()
+	n.vanish("c1")
+	n.device("c3", netnstest.New(t), false) // its lease, if it had one, could not be known
+	c := n.collector()
+	unlock, ok := n.lockLeases()
+	if !ok {
+		t.Fatal("somebody has the lock of the leases")
+	}
+	start := time.Now()
+	for range 2 {
+		n.ns.Do(func() {
+			if removed, _, err := c.Collect(context.Background()); err == nil || len(removed) > 0 {
+				t.Errorf("Collect = %v, %v beside a held lock, want nothing and an error", removed, err)
+			}
+		})
+		c.clock = c.clock.Add(c.grace)
+	}
+	// Two attachments, each of which waits for as long as it may, and reading twice.
+	if took, most := time.Since(start), 2*readTimeout+2*removeTimeout+10*time.Second; took > most {
+		t.Errorf("two looks took %v beside a held lock, want at most %v", took, most)
+	}
+	if len(n.plane.entries) != 0 {
+		t.Errorf("endpoints = %v, want none: they need no lease", n.plane.entries)
+	}
+	unlock()
+	c.look()
+	c.clock = c.clock.Add(c.grace)
+	c.look()
+	n.eventually(before)
 }

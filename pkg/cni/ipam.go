@@ -23,6 +23,9 @@ func (at *attachment) ownIPAM() bool {
 
 func (at *attachment) ipamConfig() (*ipam.Config, ipam.Attachment, error) {
 	c, err := ipam.LoadConfig(at.args.StdinData, at.args.Args)
+	if err == nil {
+		c.PollLock = at.pollLocks
+	}
 	return c, ipam.Attachment{
 		ContainerID: at.args.ContainerID, IfName: at.args.IfName, Netns: at.args.Netns,
 		PodNamespace: at.pod.namespace, PodName: at.pod.name,

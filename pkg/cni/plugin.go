@@ -132,6 +132,8 @@ type attachment struct {
 	args *skel.CmdArgs
 	pod  podArgs
 	log  *slog.Logger
+	// pollLocks is for a process that outlives the command.
+	pollLocks bool
 	// closeLog ends the log file.
 	closeLog func() error
 }

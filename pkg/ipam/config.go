@@ -33,6 +33,8 @@ type Config struct {
 	CNIVersion string
 	// RunDir is ipam.runDir, else the top-level runDir, else DefaultRunDir. The state is in <RunDir>/ipam/<Network>.
 	RunDir string
+	// PollLock waits for the state's lock by trying again and again, which costs no thread when the wait is given up: for processes that live on.
+	PollLock bool
 	// Valid are GC's cni.dev/valid-attachments; nil when the list is missing, null or empty (libcni makes them look alike).
 	Valid []Attachment
 	// PrevIPs are the addresses of prevResult; nil without one.

@@ -238,7 +238,7 @@ func Networks(run string) ([]string, error) {
 // Existing returns a configuration that is good for what needs no ranges: Leases, Release, Del and GC.
 func Existing(run, network string) *Config {
 	return &Config{
-		Network: network, RunDir: run, sys: realSystem(),
+		Network: network, RunDir: run, PollLock: true, sys: realSystem(),
 		fault: failf(types.ErrInvalidNetworkConfig, "network %s is opened without its ranges", network),
 	}
 }

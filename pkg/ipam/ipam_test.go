@@ -397,7 +397,7 @@ func TestRoutesAndDNSPassThrough(t *testing.T) {
 func TestWaitForLockIsBounded(t *testing.T) {
 	c := conf(t, t.TempDir(), subnet("10.1.0.0/24"), nil)
 	add(t, c, pod(0))
-	held, err := lock(t.Context(), c.dir())
+	held, err := lock(t.Context(), c.dir(), false)
 	if err != nil {
 		t.Fatal(err)
 	}

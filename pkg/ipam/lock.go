@@ -16,13 +16,15 @@ import (
 const (
 	// lockTimeout bounds the wait for the lock where the caller's context has no deadline of its own.
 	lockTimeout = 30 * time.Second
+	// lockPoll is how often Config.PollLock tries.
+	lockPoll = 5 * time.Millisecond
 	// lockTries bounds how often the directory may be removed under us (by an uninstall) while we wait.
 	lockTries = 10
 )
 
 // lock takes the exclusive lock of the state in dir, making dir if it has to. Closing the file, which the kernel does for a killed
 // process, gives the lock back.
-func lock(ctx context.Context, dir string) (*os.File, error) {
+func lock(ctx context.Context, dir string, poll bool) (*os.File, error) {
 	path := filepath.Join(dir, "lock")
 	for range lockTries {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -35,7 +37,7 @@ func lock(ctx context.Context, dir string) (*os.File, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open lock: %w", err)
 		}
-		if f, err = waitLock(ctx, f); err != nil {
+		if f, err = waitLock(ctx, f, poll); err != nil {
 			return nil, fmt.Errorf("lock %s: %w", path, err)
 		}
 		held, err := f.Stat()
@@ -50,8 +52,8 @@ func lock(ctx context.Context, dir string) (*os.File, error) {
 }
 
 // waitLock locks f or closes it. A blocked flock cannot be called off, so when ctx ends first, the goroutine that waits gives the lock
-// back as soon as it gets it.
-func waitLock(ctx context.Context, f *os.File) (*os.File, error) {
+// back as soon as it gets it. With poll there is none.
+func waitLock(ctx context.Context, f *os.File, poll bool) (*os.File, error) {
 	err := flock(f, syscall.LOCK_EX|syscall.LOCK_NB)
 	if err == nil {
 		return f, nil
@@ -63,6 +65,12 @@ func waitLock(ctx context.Context, f *os.File) (*os.File, error) {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, lockTimeout)
 		defer cancel()
+	}
+	if poll {
+		if err := pollLock(ctx, f); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return f, nil
 	}
 	done := make(chan error, 1)
 	go func() { done <- flock(f, syscall.LOCK_EX) }()
@@ -79,6 +87,20 @@ func waitLock(ctx context.Context, f *os.File) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
+}
+
+// pollLock tries to lock f until ctx ends.
+func pollLock(ctx context.Context, f *os.File) error {
+	for {
+		if err := flock(f, syscall.LOCK_EX|syscall.LOCK_NB); !errors.Is(err, syscall.EWOULDBLOCK) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(lockPoll):
+		}
+	}
 }
 
 func flock(f *os.File, how int) error {

@@ -37,7 +37,7 @@ func openStore(ctx context.Context, c *Config, p *plan) (_ *store, err error) {
 			return nil, errNoState
 		}
 	}
-	if s.lock, err = lock(ctx, s.dir); err != nil {
+	if s.lock, err = lock(ctx, s.dir, c.PollLock); err != nil {
 		return nil, err
 	}
 	defer func() {
