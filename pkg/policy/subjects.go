@@ -126,4 +126,3 @@ func (w *compilation) activate(o *object, d Direction) {
 	}
 	a[d] = true
 }
-
