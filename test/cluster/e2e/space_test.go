@@ -352,9 +352,6 @@ func (s *space) kubectl(args ...string) (string, error) {
 	return cluster.Kubectl(ctx, append([]string{"--namespace=" + s.name}, args...)...)
 }
 
-// bin returns the path of a program that was built for the cluster; nodes have it at the same path.
-func bin(name string) string { return filepath.Join(cluster.Dir, "bin", name) }
-
 // exists reports whether a file is there.
 func exists(path string) bool {
 	_, err := os.Stat(path)
