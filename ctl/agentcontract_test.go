@@ -31,7 +31,7 @@ func TestAgentStatusContract(t *testing.T) {
 		GC: agent.GarbageCollection{
 			Last: now.Add(-12 * time.Second), Suspects: 1, Removed: map[string]int{"lease": 2, "record": 1}, Error: "disk full",
 		},
-		Source:     []manifest.Problem{{File: "svc.yaml", Line: 12, Object: "Service web/api", Message: "bad port"}},
+		Source: []manifest.Problem{{File: "svc.yaml", Line: 12, Object: "Service web/api", Message: "bad port"}},
 	}
 	raw, err := json.Marshal(s)
 	if err != nil {
