@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -174,7 +175,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now, raise: cfg.Epochs.RaiseEndpointEpochs,
 	}
 	p.network = w.wants.put
-	records := &recordWatcher{store: p.store, log: cfg.Log, resync: cfg.Resync, publish: func(r []*endpoint.Record) {
+	records := &recordWatcher{store: p.store, log: cfg.Log, resync: cfg.Resync, newWatcher: fsnotify.NewWatcher, publish: func(r []*endpoint.Record) {
 		o.records(time.Now())
 		w.records.put(r)
 		p.recordsIn.put(r)

@@ -30,6 +30,10 @@ type recordWatcher struct {
 	// publish gets every new list, oldest record first. It must not change it.
 	publish func([]*endpoint.Record)
 
+	// newWatcher is fsnotify.NewWatcher.
+	newWatcher func() (*fsnotify.Watcher, error)
+
+	blind   bool                        // the kernel says nothing about the directory
 	records map[string]*endpoint.Record // by file name
 	broken  map[string]string           // by file name, what was logged
 }
@@ -39,43 +43,44 @@ func (w *recordWatcher) run(ctx context.Context) error {
 	if err := os.MkdirAll(w.store.Dir(), 0o755); err != nil {
 		return fmt.Errorf("make record directory: %w", err)
 	}
-	watch, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch endpoint records: %w", err)
-	}
-	defer func() { _ = watch.Close() }()
 	// Watch first, list then: what changes in between is an event.
-	if err := watch.Add(w.store.Dir()); err != nil {
-		return fmt.Errorf("watch endpoint records: %w", err)
-	}
+	watch, events, lost := w.watch()
+	defer func() {
+		if watch != nil {
+			_ = watch.Close()
+		}
+	}()
 	w.records, w.broken = map[string]*endpoint.Record{}, map[string]string{}
 	if err := w.list(); err != nil {
 		return err
 	}
 	w.send()
-	tick := time.NewTicker(w.resync)
+	tick := time.NewTicker(w.interval(events))
 	defer tick.Stop()
 	for {
 		changed := false
 		select {
 		case <-ctx.Done():
 			return nil
-		case e := <-watch.Events:
+		case e := <-events:
 			changed = w.event(e)
-		case err := <-watch.Errors:
+		case err := <-lost:
 			// The queue overflowed: the directory is the truth.
 			w.log.Warn("events about endpoint records were lost; listing them", "err", err)
 			changed = w.relist()
 		case <-tick.C:
-			// Adding again is idempotent, and follows a directory that was removed and made anew.
-			if err := errors.Join(os.MkdirAll(w.store.Dir(), 0o755), watch.Add(w.store.Dir())); err != nil {
+			if events == nil {
+				watch, events, lost = w.watch()
+				tick.Reset(w.interval(events))
+			} else if err := errors.Join(os.MkdirAll(w.store.Dir(), 0o755), watch.Add(w.store.Dir())); err != nil {
+				// Adding again is idempotent, and follows a directory that was removed and made anew.
 				w.log.Error("endpoint records cannot be watched", "err", err)
 			}
 			changed = w.relist()
 		}
 		for drained := false; !drained; {
 			select {
-			case e := <-watch.Events:
+			case e := <-events:
 				changed = w.event(e) || changed
 			default:
 				drained = true
@@ -85,6 +90,35 @@ func (w *recordWatcher) run(ctx context.Context) error {
 			w.send()
 		}
 	}
+}
+
+// blindInterval is how often the records are listed while the kernel says nothing about them.
+const blindInterval = time.Second
+
+// watch watches the directory. Where it cannot, because the machine's inotify instances are all in use, the channels are nil and the
+// directory is listed more often: other programs' watches must not keep pods' policies from being followed.
+func (w *recordWatcher) watch() (watch *fsnotify.Watcher, events chan fsnotify.Event, lost chan error) {
+	watch, err := w.newWatcher()
+	if err == nil {
+		if err = watch.Add(w.store.Dir()); err == nil {
+			w.blind = false
+			return watch, watch.Events, watch.Errors
+		}
+		_ = watch.Close()
+	}
+	if !w.blind {
+		w.log.Error("endpoint records cannot be watched and are listed every second; if too many files are open, raise the sysctls "+
+			"fs.inotify.max_user_instances and fs.inotify.max_user_watches", "err", err)
+	}
+	w.blind = true
+	return nil, nil, nil
+}
+
+func (w *recordWatcher) interval(events chan fsnotify.Event) time.Duration {
+	if events == nil {
+		return min(blindInterval, w.resync)
+	}
+	return w.resync
 }
 
 // event reads the file that an event names and reports whether that changed a record.

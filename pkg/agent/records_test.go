@@ -9,10 +9,13 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
 )
@@ -35,7 +38,7 @@ func TestRecordWatcher(t *testing.T) {
 	published := make(chan []*endpoint.Record, 100)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	w := &recordWatcher{store: store, log: slog.New(slog.DiscardHandler), resync: time.Hour, publish: func(r []*endpoint.Record) { published <- r }}
+	w := &recordWatcher{store: store, log: slog.New(slog.DiscardHandler), resync: time.Hour, newWatcher: fsnotify.NewWatcher, publish: func(r []*endpoint.Record) { published <- r }}
 	if err := store.Save(&endpoint.Record{ContainerID: "b", IfName: "eth0", Created: testEpoch.Add(time.Second)}); err != nil {
 		t.Fatal(err)
 	}
@@ -66,6 +69,43 @@ func TestRecordWatcher(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string{"a"}, names()); diff != "" {
 		t.Fatalf("records after one is gone (-want +got):\n%s", diff)
+	}
+	cancel()
+	if err := receive(t, done, "end of the watcher"); err != nil {
+		t.Errorf("run() = %v, want nil after the context ends", err)
+	}
+}
+
+// Other programs may have taken all of the machine's inotify instances: records are followed all the same, and watched again when one is free.
+func TestRecordWatcherWithoutInotify(t *testing.T) {
+	store := endpoint.NewStore(runDir(t))
+	published := make(chan []*endpoint.Record, 100)
+	var full atomic.Bool
+	full.Store(true)
+	watching := make(chan struct{}, 1)
+	newWatcher := func() (*fsnotify.Watcher, error) {
+		if full.Load() {
+			return nil, unix.EMFILE
+		}
+		watching <- struct{}{}
+		return fsnotify.NewWatcher()
+	}
+	w := &recordWatcher{store: store, log: slog.New(slog.DiscardHandler), resync: time.Hour, newWatcher: newWatcher, publish: func(r []*endpoint.Record) { published <- r }}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.run(ctx) }()
+	receive(t, published, "records at the start")
+	for i, name := range []string{"a", "b", "c"} {
+		if err := store.Save(&endpoint.Record{ContainerID: name, IfName: "eth0", Created: testEpoch}); err != nil {
+			t.Fatal(err)
+		}
+		if got := receive(t, published, "records"); len(got) != i+1 {
+			t.Fatalf("records after %s = %d, want %d", name, len(got), i+1)
+		}
+		if i == 1 { // the third is seen by the kernel's word: nothing is listed within the next hour
+			full.Store(false)
+			receive(t, watching, "further try to watch")
+		}
 	}
 	cancel()
 	if err := receive(t, done, "end of the watcher"); err != nil {
