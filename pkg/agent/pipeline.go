@@ -146,6 +146,7 @@ type pipeline struct {
 	compiled      policyInputs
 	local         []localPod
 	merged        *state.Snapshot
+	announceEnd   time.Time // when the first pod that waits is judged by its record; zero: none waits for a time
 	wantPolicy    policyMaps
 	wantService   serviceMaps
 	wantEndpoints map[netip.Addr]wantedEndpoint
@@ -299,6 +300,9 @@ func (p *pipeline) takeRecords(r []*endpoint.Record) {
 func (p *pipeline) work(whole bool) time.Duration {
 	p.round = Round{Started: p.now()}
 	p.soon = false
+	if !p.announceEnd.IsZero() && !p.now().Before(p.announceEnd) {
+		p.changed = true
+	}
 	for _, m := range p.m.all() {
 		m.begin()
 	}
@@ -371,11 +375,12 @@ func (p *pipeline) compile() {
 	start := p.now()
 	s := p.snapshot.Snapshot
 	p.local = localPods(p.records, s)
-	s = state.MergePods(s, p.node, asPods(p.local))
+	announced, waiting := p.announced(s)
+	s = state.MergePods(s, p.node, asPods(announced))
 	if p.slices {
 		s = state.WithSelectorSlices(s)
 	}
-	p.compilePolicies(s)
+	p.compilePolicies(s, waiting)
 	p.takeServiceCIDRs(s)
 	p.takeServices(p.services.Update(s))
 	p.wantHostPorts = wantedHostPorts(p.records)
@@ -385,8 +390,8 @@ func (p *pipeline) compile() {
 }
 
 // compilePolicies compiles the policies over the merged snapshot, unless nothing that they are about has changed.
-func (p *pipeline) compilePolicies(s *state.Snapshot) {
-	inputs := policyInputs{p.snapshot.Snapshot, p.records}
+func (p *pipeline) compilePolicies(s *state.Snapshot, waiting int) {
+	inputs := policyInputs{p.snapshot.Snapshot, p.records, waiting}
 	if p.policyErr == nil && p.compiled.same(inputs) {
 		return
 	}
@@ -423,7 +428,10 @@ func (p *pipeline) finish() time.Duration {
 		return lookAgain
 	}
 	p.retry = 0
-	return 0
+	if p.announceEnd.IsZero() {
+		return 0
+	}
+	return max(p.announceEnd.Sub(p.now()), lookAgain)
 }
 
 func (p *pipeline) exportNumbers() numbers {

@@ -159,11 +159,12 @@ func (p *pipeline) forgetServices() {
 type policyInputs struct {
 	snapshot *state.Snapshot
 	records  []*endpoint.Record
+	waiting  int // pods of records that the source has not told of
 }
 
 // same reports whether policies compiled from these inputs are good for others too: the objects are the identical ones.
 func (a policyInputs) same(b policyInputs) bool {
-	if a.snapshot == nil || len(a.records) != len(b.records) || (len(a.records) > 0 && &a.records[0] != &b.records[0]) {
+	if a.snapshot == nil || a.waiting != b.waiting || len(a.records) != len(b.records) || (len(a.records) > 0 && &a.records[0] != &b.records[0]) {
 		return false
 	}
 	s, t := a.snapshot, b.snapshot

@@ -96,7 +96,7 @@ func checkRegistered(t *testing.T, n *node, r *types100.Result, addresses []neti
 		t.Fatal(err)
 	}
 	if rec.Namespace != "shop" || rec.Name != "web-0" || rec.UID != "1f0c" || rec.Network != "net" || !slices.Equal(rec.Addresses, addresses) ||
-		rec.MAC != r.Interfaces[1].Mac || rec.HostMAC != r.Interfaces[0].Mac || rec.HostIfName != r.Interfaces[0].Name || rec.Policy != startOpen {
+		rec.MAC != r.Interfaces[1].Mac || rec.HostMAC != r.Interfaces[0].Mac || rec.HostIfName != r.Interfaces[0].Name || rec.Policy != endpoint.StartedOpen {
 		t.Errorf("record = %+v, want what the result %+v says", rec, r)
 	}
 	for _, a := range addresses {

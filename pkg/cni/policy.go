@@ -10,13 +10,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
-)
-
-// What a record's Policy says.
-const (
-	startPublished = "published"
-	startOpen      = "open"
-	startNodeOnly  = "node-only"
+	"github.com/margay-cni/margay/pkg/endpoint"
 )
 
 // start is the identity and policy that a pod begins its life with.
@@ -28,8 +22,8 @@ type start struct {
 }
 
 var (
-	openStart     = start{how: startOpen, identity: bpf.IdentityPodUnknown, policy: [2]uint32{bpf.PolicyNone, bpf.PolicyNone}}
-	nodeOnlyStart = start{how: startNodeOnly, identity: bpf.IdentityPodUnknown,
+	openStart     = start{how: endpoint.StartedOpen, identity: bpf.IdentityPodUnknown, policy: [2]uint32{bpf.PolicyNone, bpf.PolicyNone}}
+	nodeOnlyStart = start{how: endpoint.StartedNodeOnly, identity: bpf.IdentityPodUnknown,
 		policy: [2]uint32{bpf.PolicyNodeOnly, bpf.PolicyNodeOnly}, flags: bpf.EndpointPending}
 )
 
@@ -68,7 +62,7 @@ func published(m pendings, pod podArgs) (start, bool, error) {
 			return start{}, false, fail(codeRegister, err, "look up the pod's published policy")
 		}
 		if ok && e.Flags&bpf.PendingPod != 0 {
-			return start{how: startPublished, identity: e.Identity, policy: e.PolicyId}, true, nil
+			return start{how: endpoint.StartedPublished, identity: e.Identity, policy: e.PolicyId}, true, nil
 		}
 	}
 	return start{}, false, nil

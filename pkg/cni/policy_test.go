@@ -24,7 +24,7 @@ func TestStartPolicy(t *testing.T) {
 		namespace, name, uid string
 		p                    bpf.Pending
 	}
-	asPublished := start{how: startPublished, identity: 77, policy: [2]uint32{20, 21}}
+	asPublished := start{how: endpoint.StartedPublished, identity: 77, policy: [2]uint32{20, 21}}
 	for name, c := range map[string]struct {
 		pod     podArgs
 		pending string
@@ -95,8 +95,8 @@ func TestPolicyPublishedDuringAdd(t *testing.T) {
 			t.Errorf("endpoint %s = %+v, want identity 77 and policy 20, 21", a, e)
 		}
 	}
-	if rec, err := endpoint.NewStore(n.run).Load("c1", "eth0"); err != nil || rec.Policy != startPublished {
-		t.Errorf("record = %+v, %v, want policy %s", rec, err, startPublished)
+	if rec, err := endpoint.NewStore(n.run).Load("c1", "eth0"); err != nil || rec.Policy != endpoint.StartedPublished {
+		t.Errorf("record = %+v, %v, want policy %s", rec, err, endpoint.StartedPublished)
 	}
 }
 

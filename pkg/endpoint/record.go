@@ -11,6 +11,13 @@ import (
 	"time"
 )
 
+// Values of Record.Policy: the policies that the agent had published for the pod, none, or those of a pod whose policies are not known.
+const (
+	StartedPublished = "published"
+	StartedOpen      = "open"
+	StartedNodeOnly  = "node-only"
+)
+
 // Record is one pod interface.
 type Record struct {
 	// Version of the record's layout; readers refuse a newer one.
@@ -50,7 +57,7 @@ type Record struct {
 	// FollowMTU says that the node, not the conflist or another plugin, decides about the interface's MTU: the agent changes it, at both
 	// ends, when the node's changes.
 	FollowMTU bool `json:"followMTU,omitempty"`
-	// Policy says what the pod started with: "published", "open" or "node-only" (architecture promise 2).
+	// Policy says what the pod started with: StartedPublished, StartedOpen or StartedNodeOnly (architecture promise 2).
 	Policy string `json:"policy,omitempty"`
 	// HostPorts are the ports of the node that lead to the pod.
 	HostPorts []HostPort `json:"hostPorts,omitempty"`

@@ -155,6 +155,7 @@ func (s *Source) snapshot() *state.Snapshot {
 		s.cfg.Log.Info("everything has been read", "pods", len(s.pods.live), "services", len(s.services.live), "slices", len(s.slices.live))
 	}
 	return &state.Snapshot{
+		KnowsAllPods:           true,
 		Namespaces:             s.namespaces.share(),
 		Pods:                   s.pods.share(),
 		Services:               s.services.share(),

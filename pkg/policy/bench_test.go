@@ -10,6 +10,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	policyv1alpha2 "sigs.k8s.io/network-policy-api/apis/v1alpha2"
 
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -94,6 +95,97 @@ func BenchmarkCompile(b *testing.B) {
 			s, k := clone(s), state.Key{Namespace: "ns-0", Name: "policy-0"}
 			for i := 0; b.Loop(); i++ {
 				s.NetworkPolicies[k] = &state.NetworkPolicy{Key: k, Spec: largePolicy(i)}
+				r, err := c.Compile(s)
+				if err != nil {
+					b.Fatal(err)
+				}
+				Changed(old, r)
+				old = r
+			}
+		})
+	}
+}
+
+// manyClusterPolicies are 100 ClusterNetworkPolicies of 25 rules in each direction, in both tiers: from namespaces and apps by labels, to
+// networks and nodes, by ports, ranges and names. Each is about a tenth of the namespaces.
+func manyClusterPolicies(s *state.Snapshot) {
+	actions := []policyv1alpha2.ClusterNetworkPolicyRuleAction{"Accept", "Deny", "Pass"}
+	for i := range 100 {
+		s.Nodes[fmt.Sprint(i)] = &state.Node{
+			Name: fmt.Sprint(i), Labels: map[string]string{"rack": fmt.Sprint(i % 10)}, AllAddresses: []netip.Addr{netip.AddrFrom4([4]byte{172, 16, 0, byte(i)})},
+		}
+		p := &state.ClusterNetworkPolicy{Name: fmt.Sprintf("cnp-%d", i), Tier: policyv1alpha2.AdminTier, Priority: int32(i)}
+		if i%2 == 1 {
+			p.Tier = policyv1alpha2.BaselineTier
+		}
+		var names []string
+		for j := range 10 {
+			names = append(names, fmt.Sprintf("ns-%d", 10*j+i%10))
+		}
+		p.Subject.Namespaces = &metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "kubernetes.io/metadata.name", Operator: "In", Values: names}}}
+		for j := range 25 {
+			r := state.ClusterNetworkPolicyRule{Action: actions[(i+j)%3]}
+			port := &policyv1alpha2.Port{Number: int32(1000 + 25*i + j)}
+			if j%3 == 0 {
+				port = &policyv1alpha2.Port{Range: &policyv1alpha2.PortRange{Start: int32(1001 + 100*i + j), End: int32(1500 + 100*i + j)}}
+			}
+			r.Protocols = []policyv1alpha2.ClusterNetworkPolicyProtocol{{TCP: &policyv1alpha2.ClusterNetworkPolicyProtocolTCP{DestinationPort: port}}}
+			pods := policyv1alpha2.ClusterNetworkPolicyEgressPeer{Pods: &policyv1alpha2.NamespacedPod{
+				NamespaceSelector: metav1.LabelSelector{MatchLabels: map[string]string{"kubernetes.io/metadata.name": fmt.Sprintf("ns-%d", (i+j)%100)}},
+				PodSelector:       metav1.LabelSelector{MatchLabels: map[string]string{"app": fmt.Sprintf("app-%d", j%5)}},
+			}}
+			in := r
+			in.Peers = []policyv1alpha2.ClusterNetworkPolicyEgressPeer{pods}
+			p.Ingress = append(p.Ingress, in)
+			switch j % 3 {
+			case 0:
+				pods = policyv1alpha2.ClusterNetworkPolicyEgressPeer{Networks: []policyv1alpha2.CIDR{policyv1alpha2.CIDR(fmt.Sprintf("192.%d.0.0/16", i))}}
+			case 1:
+				pods = policyv1alpha2.ClusterNetworkPolicyEgressPeer{Nodes: &metav1.LabelSelector{MatchLabels: map[string]string{"rack": fmt.Sprint(j % 10)}}}
+			}
+			out := r
+			out.Peers = []policyv1alpha2.ClusterNetworkPolicyEgressPeer{pods}
+			p.Egress = append(p.Egress, out)
+		}
+		s.ClusterNetworkPolicies[p.Name] = p
+	}
+}
+
+func BenchmarkCompileClusterPolicies(b *testing.B) {
+	for _, tc := range []struct {
+		name     string
+		policies int // NetworkPolicies
+		everyone bool
+	}{{"cnp=100x25", 0, false}, {"cnp=100x25/np=1000", 1000, false}, {"cnp=100x25/everyone", 0, true}} {
+		s := largeCluster(5000, tc.policies)
+		manyClusterPolicies(s)
+		if tc.everyone { // the common baseline: nobody talks to anybody else
+			s.ClusterNetworkPolicies["deny"] = &state.ClusterNetworkPolicy{
+				Name: "deny", Tier: policyv1alpha2.BaselineTier, Priority: 1000, Subject: policyv1alpha2.ClusterNetworkPolicySubject{Namespaces: &metav1.LabelSelector{}},
+				Ingress: []state.ClusterNetworkPolicyRule{{Action: "Deny", Peers: []policyv1alpha2.ClusterNetworkPolicyEgressPeer{{Namespaces: &metav1.LabelSelector{}}}}},
+			}
+		}
+		b.Run(tc.name+"/first", func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				r, err := NewCompiler().Compile(s)
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.ReportMetric(float64(len(r.Entries)), "entries")
+			}
+		})
+		b.Run(tc.name+"/change", func(b *testing.B) {
+			c := NewCompiler()
+			old, err := c.Compile(s)
+			if err != nil {
+				b.Fatal(err)
+			}
+			s := clone(s)
+			for b.Loop() {
+				p := *s.ClusterNetworkPolicies["cnp-0"]
+				p.Priority = 1 - p.Priority
+				s.ClusterNetworkPolicies["cnp-0"] = &p
 				r, err := c.Compile(s)
 				if err != nil {
 					b.Fatal(err)

@@ -62,6 +62,9 @@ type Snapshot struct {
 	Nodes                  map[string]*Node
 	// ServiceCIDRs may be empty although cluster addresses come from somewhere: not every source knows.
 	ServiceCIDRs map[string]*ServiceCIDR
+	// KnowsAllPods says that the source knows every pod of this node, as the API server does: one that it does not name is not known yet, or
+	// is gone, and nothing can be said of its labels.
+	KnowsAllPods bool
 }
 
 // NewSnapshot returns an empty snapshot whose maps may be written.

@@ -86,7 +86,7 @@ func TestEgressPolicy(t *testing.T) {
 }
 
 // The client's own address decides, behind a NodePort too.
-func TestPolicySeesNodePortClient(t *testing.T) {
+func TestN14_PolicySeesNodePortClient(t *testing.T) {
 	t.Parallel()
 	n := nodetest.New(t)
 	b := n.AddPod("b")
@@ -111,7 +111,7 @@ func TestPolicySeesNodePortClient(t *testing.T) {
 }
 
 // Promise 4: an open connection obeys a changed policy at once, and goes on when the policy goes away.
-func TestOpenConnectionObeysPolicy(t *testing.T) {
+func TestN12_OpenConnectionObeysPolicy(t *testing.T) {
 	t.Parallel()
 	n := nodetest.New(t)
 	b := n.AddPod("b")

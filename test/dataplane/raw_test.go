@@ -81,7 +81,7 @@ func nodeMAC(t *testing.T, n *nodetest.Node) (mac net.HardwareAddr) {
 }
 
 // Neighbour discovery is never filtered (contract row N14), but what is routed somewhere else is no neighbour discovery.
-func TestDiscoveryIsNoWayPastPolicy(t *testing.T) {
+func TestN14_DiscoveryIsNoWayPastPolicy(t *testing.T) {
 	t.Parallel()
 	n := nodetest.New(t)
 	a := n.AddPod("a")

@@ -14,8 +14,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// rows are the promises that a service proxy makes, as kube-proxy keeps them. Comments name them as "contract row V8", and each has a
-// test named after it: TestV8_…, or TestI1_I2_… for several.
+// rows are the promises that a service proxy makes, as kube-proxy keeps them, and those of network policy. Comments name them as "contract
+// row V8", and each has a test named after it: TestV8_…, or TestI1_I2_… for several.
 var rows = map[string]string{
 	"I1":  "services with the label service-proxy-name are another proxy's, also when it comes or goes",
 	"I2":  "headless services, and those of type ExternalName, are never served",
@@ -66,11 +66,40 @@ var rows = map[string]string{
 	"M1": "metrics under kube-proxy's names",
 	"M2": "the settings of the kernel's connection tracking",
 	"M3": "cleaning up removes what was installed",
+
+	"N1":  "NetworkPolicy isolates in each direction by itself",
+	"N2":  "rules add up, and both ends of a connection decide",
+	"N3":  "an empty list of rules allows nothing, an empty rule everything",
+	"N4":  "a rule is its ports and its peers, and what is missing matches all",
+	"N5":  "peers by labels of pods and namespaces, which may change",
+	"N6":  "blocks of addresses without their exceptions, judged after service translation",
+	"N7":  "ports are the pod's, with a protocol and perhaps a range",
+	"N8":  "named ports are the destination pod's",
+	"N9":  "a rule for another protocol isolates TCP all the same",
+	"N10": "replies pass, and NetworkPolicy has no say in traffic with the pod's node and with itself",
+	"N11": "pods on the host's network are nodes",
+	"N12": "policies that change reach open connections",
+	"N13": "policy is in force before a pod's first packet",
+	"N14": "ICMP, neighbour discovery, and the client's own address behind a NodePort",
+	"N15": "a policy is in force within seconds, and drops",
+	"N16": "policies through ClusterIPs, on one node and across nodes",
+
+	"C1":  "ClusterNetworkPolicies select pods anywhere, in the order of priority and rules, and isolate nobody",
+	"C2":  "Admin tier, NetworkPolicy, Baseline tier, allow",
+	"C3":  "Accept and Deny are final for their direction, Pass leaves the tier",
+	"C4":  "peers: namespaces, pods, networks and nodes",
+	"C5":  "what is not understood fails closed",
+	"C6":  "protocols, ports, ranges and named ports",
+	"C7":  "a pod is not subject under its own address, and is through a service",
+	"C8":  "domain names",
+	"C9":  "conditions in the status",
+	"C10": "the API's own conformance tests",
 }
 
 // untested are the rows that no test can be about yet, each with the reason.
 var untested = map[string]string{
-	"M2": "kube-proxy sizes netfilter's table for its own use of it; Margay uses none, and leaves the settings alone",
+	"C10": "it is a suite of its own, which needs a whole cluster",
+	"M2":  "kube-proxy sizes netfilter's table for its own use of it; Margay uses none, and leaves the settings alone",
 }
 
 // TestContractRows requires a test for every row, and that a reason not to have one is given up when there is one.
@@ -90,7 +119,7 @@ func TestContractRows(t *testing.T) {
 	}
 }
 
-var rowName = regexp.MustCompile(`^[ISVUHM][1-9][0-9]*$`)
+var rowName = regexp.MustCompile(`^[ISVUHMNC][1-9][0-9]*$`)
 
 // rowsOf returns the rows that a test function is named after: those between "Test" and the first word that is none.
 func rowsOf(name string) (found []string) {

@@ -16,12 +16,13 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	policyv1alpha2 "sigs.k8s.io/network-policy-api/apis/v1alpha2"
 	"sigs.k8s.io/yaml"
 )
 
 // Apply adds objects to the cluster's manifest, or replaces those of the same kind, namespace and name, all in one change. They may be
-// corev1's Namespace, Node, Pod and Service, EndpointSlices and NetworkPolicies; apiVersion and kind are filled in, namespace "default"
-// too. The objects are copied.
+// corev1's Namespace, Node, Pod and Service, EndpointSlices, NetworkPolicies and ClusterNetworkPolicies; apiVersion and kind are
+// filled in, namespace "default" too. The objects are copied.
 func (c *Cluster) Apply(objects ...runtime.Object) {
 	c.t.Helper()
 	for _, o := range objects {
@@ -47,7 +48,7 @@ func (c *Cluster) put(o runtime.Object) {
 	if !ok || kind == nil {
 		c.t.Fatalf("objects of type %T are not known to the fixture", o)
 	}
-	if meta.GetNamespace() == "" && kind.Kind != "Node" && kind.Kind != "Namespace" {
+	if meta.GetNamespace() == "" && kind.Kind != "Node" && kind.Kind != "Namespace" && kind.Kind != "ClusterNetworkPolicy" {
 		meta.SetNamespace("default")
 	}
 	o.GetObjectKind().SetGroupVersionKind(kind.GroupVersionKind())
@@ -69,6 +70,8 @@ func typeMeta(o runtime.Object) *metav1.TypeMeta {
 		return &metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"}
 	case *networkingv1.NetworkPolicy:
 		return &metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "NetworkPolicy"}
+	case *policyv1alpha2.ClusterNetworkPolicy:
+		return &metav1.TypeMeta{APIVersion: "policy.networking.k8s.io/v1alpha2", Kind: "ClusterNetworkPolicy"}
 	}
 	return nil
 }

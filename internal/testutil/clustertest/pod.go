@@ -42,11 +42,26 @@ func WithPort(name string, port int32, protocol corev1.Protocol) PodOption {
 // unique in the cluster.
 func (c *Cluster) AddPod(n *Node, name string, labels map[string]string, options ...PodOption) *Pod {
 	c.t.Helper()
+	p := c.SchedulePod(n, name, labels, options...)
+	c.ConnectPod(p)
+	return p
+}
+
+// SchedulePod does the first half of AddPod: the pod's object names the node, and it has a namespace without an interface.
+func (c *Cluster) SchedulePod(n *Node, name string, labels map[string]string, options ...PodOption) *Pod {
+	c.t.Helper()
 	p := &Pod{Host: &Host{t: c.t, Name: name, NS: netnstest.New(c.t)}, Node: n, Object: podObject(n, name, labels)}
 	for _, option := range options {
 		option(p.Object)
 	}
 	c.Apply(p.Object)
+	return p
+}
+
+// ConnectPod does the second half of AddPod: ADD connects the pod, and its object gets the addresses.
+func (c *Cluster) ConnectPod(p *Pod) {
+	c.t.Helper()
+	n, name := p.Node, p.Name
 	n.NS.Do(func() {
 		raw, err := n.cni.AddNetworkList(c.t.Context(), n.conf, p.attachment())
 		if err != nil {
@@ -63,7 +78,6 @@ func (c *Cluster) AddPod(n *Node, name string, labels map[string]string, options
 	n.pods = append(n.pods, p)
 	setPodIPs(p.Object, p.Addrs)
 	c.Apply(p.Object)
-	return p
 }
 
 // AddHostPod tells the agents of a pod in the node's own network: it has the node's namespace and addresses, and no ADD.
