@@ -203,7 +203,12 @@ static __always_inline int service_choose(struct new_flow *nf, const struct serv
  */
 static __always_inline void service_forward(struct new_flow *nf, const struct service *s, const struct backend *b, __u32 node)
 {
-	nf->flags |= FLOW_FORWARDED | (s->flags & SERVICE_DSR ? FLOW_DSR : 0);
+	__u32 dsr = s->flags & SERVICE_DSR;
+
+	/* A node that is led back to itself: it cannot send itself an answer with an address of ours. */
+	if (dsr && node_of(&nf->fwd.src) == node)
+		dsr = 0;
+	nf->flags |= FLOW_FORWARDED | (dsr ? FLOW_DSR : 0);
 	nf->backend = b->addr;
 	nf->backend_port = b->port;
 	nf->out_node[0] = node;

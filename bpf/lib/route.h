@@ -96,12 +96,15 @@ static __always_inline int way_from_pod(struct __sk_buff *skb, struct new_flow *
 	return r && (r->flags & ROUTE_OVERLAY) ? way_to_node(nf, FORWARD, r->node) : route_lookup(skb, nf);
 }
 
-/* The device by which the kernel would send to the client of a forwarded flow; 0: none. */
+/*
+ * The device by which the kernel would send to the client of a forwarded flow; 0: none. The client as the backend sees it: this node, led
+ * back to itself by another one's NodePort, sees that node.
+ */
 static __always_inline __u32 device_to_client(struct __sk_buff *skb, const struct new_flow *nf)
 {
 	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
 
-	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
+	fib_addrs(&fib, &nf->fwd.dst, &nf->post.src);
 	return fib_leads_out(bpf_fib_lookup(skb, &fib, sizeof(fib), 0)) ? fib.ifindex : 0;
 }
 

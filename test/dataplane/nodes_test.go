@@ -153,6 +153,42 @@ func TestRow15_HostNetworkBackendOnAnotherNode(t *testing.T) {
 	}
 }
 
+// A node that asks another one's NodePort may be led back to itself. As a client that reaches itself (row V12) it sees the address that it
+// asked; a pod of its own sees the node.
+func TestNodeIsLedBackToItself(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string]uint32{"tunnel": 0, "dsr": bpf.ServiceDSR} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ways(t, func(t *testing.T, c *nodetest.Cluster, v6 bool) {
+				n1 := c.Nodes[1]
+				pod := n1.AddPod("p" + fmt.Sprintf("%v", v6)[:1])
+				nodetest.Serve(t, n1.NS, "node1", 8080)
+				nodetest.Serve(t, pod.NS, "pod", 8080)
+				n1.NS.Do(func() { strictRPFilter(t) })
+				asked, itself := family(c.Nodes[0].Addrs, v6), family(n1.Addrs, v6)
+				unspecified := family([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, v6)
+				id := uint32(0)
+				for network, proto := range protocols {
+					c.AddService(id+1, bpf.NewFrontendKey(proto, unspecified, 30080), flags, netip.AddrPortFrom(itself, 8080))
+					c.AddService(id+2, bpf.NewFrontendKey(proto, unspecified, 30081), flags, netip.AddrPortFrom(pod.Addr(v6), 8080))
+					id += 2
+					for port, want := range map[uint16]string{30080: "node1 " + asked.String(), 30081: "pod " + itself.String()} {
+						conn, err := nodetest.Dial(t, n1.NS, network, netip.AddrPortFrom(asked, port), 0)
+						if err != nil {
+							t.Fatalf("%s to %d: %v", network, port, err)
+						}
+						for range 3 {
+							got, err := conn.Ask()
+							wantAnswer(t, fmt.Sprintf("%s to %d", network, port), got, err, want)
+						}
+					}
+				}
+			})
+		})
+	}
+}
+
 // strictRPFilter sets the reverse path filter of every device in the calling thread's namespace (IPv6 has none).
 func strictRPFilter(t *testing.T) {
 	t.Helper()
