@@ -163,6 +163,9 @@ func TestReboot(t *testing.T) {
 	if got, want := strings.Fields(out), "[/etc/mark /opt/mark /var/mark]"; fmt.Sprint(got) != want {
 		t.Errorf("after the reboot there are %v, want %v", got, want)
 	}
+	if mac, err := b.Control().Output(b.ctx, "cat", "/sys/class/net/fabric/address"); err != nil || strings.TrimSpace(mac) != "02:00:1e:00:00:01" {
+		t.Errorf("the router has the MAC %q (%v): one that depends on its ports changes with a reboot, and nobody tells its neighbours", mac, err)
+	}
 	must(t, b.WaitReady(b.ctx))
 	for deadline := time.Now().Add(time.Minute); b.pod("node2", ".status.containerStatuses[0].containerID") == container; time.Sleep(time.Second) {
 		if time.Now().After(deadline) {

@@ -141,7 +141,8 @@ func (c *Cluster) plugControl(pid int) error {
 		}
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name, attrs.MTU = bridge, mtu
-		noSnooping := false // a snooping bridge may hold neighbour discovery back
+		attrs.HardwareAddr = hardwareAddr(controlNumber) // else it is the lowest one of its ports, and a node that goes takes it along
+		noSnooping := false                              // a snooping bridge may hold neighbour discovery back
 		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &noSnooping}); err != nil {
 			return fmt.Errorf("make the bridge: %w", err)
 		}
@@ -190,7 +191,7 @@ func (c *Cluster) plug(pid int, port string, bridged bool, n byte, prefixes []ne
 		}
 		veth := netlink.NewVeth(attrs)
 		veth.PeerName, veth.PeerNamespace, veth.PeerMTU = device, netlink.NsFd(int(peer)), mtu
-		veth.PeerHardwareAddr = net.HardwareAddr{0x02, 0, 0x1e, 0, 0, n} // the same after a reboot, as a NIC's is
+		veth.PeerHardwareAddr = hardwareAddr(n) // the same after a reboot, as a NIC's is
 		if err := netlink.LinkAdd(veth); err != nil {
 			return fmt.Errorf("make the cable %s: %w", port, err)
 		}
@@ -211,6 +212,9 @@ func (c *Cluster) plug(pid int, port string, bridged bool, n byte, prefixes []ne
 		return nil
 	})
 }
+
+// hardwareAddr is the MAC address of the machine whose addresses end in n.
+func hardwareAddr(n byte) net.HardwareAddr { return net.HardwareAddr{0x02, 0, 0x1e, 0, 0, n} }
 
 // up gives a device of the current namespace its addresses and brings it up.
 func up(name string, addrs []netip.Addr, prefixes []netip.Prefix) error {
