@@ -162,7 +162,7 @@ fuzz: ## Run every fuzz target for FUZZTIME=20s
 	hack/fuzz $(FUZZTIME)
 
 ci: export REQUIRE_PRIVILEGED = 1
-ci: ## What .ci/run runs: deps, lint, generate-check, build, test as root, demo, every benchmark once
+ci: ## What .ci/run runs: deps, lint, generate-check, build, test as root, demo, every benchmark once, smoke of the test cluster
 	$(MAKE) deps
 	$(MAKE) lint
 	$(MAKE) generate-check
@@ -170,6 +170,7 @@ ci: ## What .ci/run runs: deps, lint, generate-check, build, test as root, demo,
 	$(MAKE) test CI=true
 	$(MAKE) demo
 	$(MAKE) bench-smoke
+	$(MAKE) cluster-smoke
 
 deps: ## Install the Debian packages of hack/deps.txt that are missing
 	hack/install-deps

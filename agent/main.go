@@ -167,6 +167,7 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		Version:           buildVersion(),
 		Node:              o.node,
 		Run:               o.datapath.Run,
+		ProcSys:           o.datapath.ProcSys,
 		Source:            source,
 		SelectorSlices:    source.selectorSlices,
 		Tables:            agent.KernelTables(&d.Maps),

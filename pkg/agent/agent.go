@@ -52,6 +52,8 @@ type Config struct {
 	Node string
 	// Run is the run directory.
 	Run string
+	// ProcSys is where kernel settings are written; empty: /proc/sys (datapath.Config).
+	ProcSys string
 	// Source of snapshots; SelectorSlices makes endpoint slices from services' selectors, where nobody else does.
 	Source         Source
 	SelectorSlices bool

@@ -21,9 +21,9 @@ type host interface {
 	ReserveHostPorts(ports []uint16) error
 }
 
-// systemHost is the machine; run is the run directory.
+// systemHost is the machine.
 type systemHost struct {
-	run string
+	run, procSys string // as Config.Run, Config.ProcSys
 }
 
 // next is the entry that should follow have, which the plugin or a predecessor wrote: device and addresses as the record says, identity

@@ -201,7 +201,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		store:        endpoint.NewStore(cfg.Run),
 		epochs:       cfg.Epochs,
 		ports:        cfg.HostPorts,
-		host:         systemHost{cfg.Run},
+		host:         systemHost{cfg.Run, cfg.ProcSys},
 		now:          time.Now,
 		incomplete:   incomplete,
 		publish:      func(Round) {},

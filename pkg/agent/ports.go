@@ -37,7 +37,7 @@ func (h systemHost) ReserveHostPorts(ports []uint16) error {
 	for _, port := range ports {
 		ranges = append(ranges, datapath.PortRange{First: port, Last: port})
 	}
-	return datapath.ReserveHostPorts(ctx, datapath.Config{Run: h.run}, ranges)
+	return datapath.ReserveHostPorts(ctx, datapath.Config{Run: h.run, ProcSys: h.procSys}, ranges)
 }
 
 // reserveHostPorts keeps the node's own connections off the pods' hostPorts: what comes to those goes to the pods. It looks at the kernel's

@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -229,6 +231,17 @@ func TestHostPort(t *testing.T) {
 	p.Spec.Containers[0].Ports[0].HostPort = 28180
 	p.Spec.Containers[0].Ports[1].HostPort = 28181
 	pods := s.start(p, idle("idle1", 1), idle("idle2", 2))
+	if onMargay() {
+		eventually(t, "hostPorts that the node's own connections do not get", time.Minute, func() error {
+			return nodePlace(1).do(func() error {
+				reserved, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_reserved_ports")
+				if err == nil && !strings.Contains(string(reserved), "28180-28181") {
+					err = fmt.Errorf("reserved ports are %q, want 28180-28181 among them", reserved)
+				}
+				return err
+			})
+		})
+	}
 	eachFamily(t, func(t *testing.T, f family) {
 		for network, port := range map[string]uint16{"tcp": 28180, "udp": 28181} {
 			at := f.at(nodePlace(1), port)
