@@ -88,11 +88,12 @@ type source struct {
 	agent.Source
 	// selectorSlices says that no controllers run: endpoint slices are made from services' selectors.
 	selectorSlices bool
-	// events is nil where nobody takes events.
-	events *k8s.Events
+	// events and statuses are nil where nobody takes them.
+	events   *k8s.Events
+	statuses *k8s.Statuses
 }
 
-// open makes the source. Events are delivered until ctx ends.
+// open makes the source. Events and statuses are delivered until ctx ends.
 func (o *sourceOptions) open(ctx context.Context, node string, log *slog.Logger) (source, error) {
 	if o.manifests != "" {
 		return source{Source: manifest.New(o.manifests, node, log), selectorSlices: true}, nil
@@ -106,12 +107,19 @@ func (o *sourceOptions) open(ctx context.Context, node string, log *slog.Logger)
 		return source{}, err
 	}
 	events, err := s.Events(ctx)
-	return source{Source: s, events: events}, err
+	if err != nil {
+		return source{}, err
+	}
+	statuses, err := s.Statuses(ctx)
+	return source{Source: s, events: events, statuses: statuses}, err
 }
 
-// tell has the agent's events delivered, where that is possible.
+// tell has the agent's events and what became of policies delivered, where that is possible.
 func (s *source) tell(c *agent.Config) {
 	if s.events != nil { // a nil pointer in an interface would not be none
 		c.Events, c.Serve.Events = s.events, s.events
+	}
+	if s.statuses != nil {
+		c.PolicyStatus = s.statuses
 	}
 }

@@ -84,6 +84,8 @@ type Config struct {
 	VerdictEvents bool
 	// Events is told of problems that stay; may be nil.
 	Events NodeEvents
+	// PolicyStatus is told what became of ClusterNetworkPolicies; may be nil.
+	PolicyStatus PolicyStatus
 	// Serve is what is answered over TCP.
 	Serve Serve
 	// Resync is how often everything is compared with the kernel and the flow table is swept; default 10 s.
@@ -182,6 +184,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		w.records.put(r)
 		p.recordsIn.put(r)
 	}}
+	if cfg.PolicyStatus != nil {
+		p.policyStatus = cfg.PolicyStatus.ClusterPolicies
+	}
 	changes, removals := newMailbox[struct{}](), make(chan int, 256)
 
 	g, ctx := errgroup.WithContext(ctx)

@@ -6,11 +6,19 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // NodeEvents tells who looks after the cluster about this node. It must not block.
 type NodeEvents interface {
 	Node(warning bool, reason, message string)
+}
+
+// PolicyStatus takes the condition of every ClusterNetworkPolicy, by name, whenever policies are compiled (policy.Result.Conditions). It must
+// not block, and must not change the map.
+type PolicyStatus interface {
+	ClusterPolicies(conditions map[string]metav1.Condition)
 }
 
 // Reasons of the events.

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/flow"
@@ -108,7 +110,9 @@ type pipeline struct {
 	publish    func(Round)
 	// network takes what devices and kernel routes should be.
 	network func(*wantedNetwork)
-	resync  time.Duration
+	// policyStatus is told what became of ClusterNetworkPolicies.
+	policyStatus func(map[string]metav1.Condition)
+	resync       time.Duration
 	// reach is how other nodes, and what is outside, are reached.
 	reach Reach
 	// verdicts says that verdict events are wanted.
@@ -206,6 +210,7 @@ func newPipeline(cfg *Config, incomplete func() []string) *pipeline {
 		incomplete:   incomplete,
 		publish:      func(Round) {},
 		network:      func(*wantedNetwork) {},
+		policyStatus: func(map[string]metav1.Condition) {},
 		reach:        cfg.Reach,
 		verdicts:     cfg.VerdictEvents,
 		nodes:        nodes,
@@ -400,6 +405,7 @@ func (p *pipeline) compilePolicies(s *state.Snapshot, waiting int) {
 	if r, p.policyErr = p.policies.Compile(s); p.policyErr == nil {
 		p.policyResult = r
 		p.wantPolicy = newPolicyMaps(r, p.snapshot.Pods)
+		p.policyStatus(r.Conditions)
 	} else {
 		p.log.Error("policies could not be compiled; the last good ones stay in force", "err", p.policyErr)
 	}

@@ -109,3 +109,34 @@ func TestClusterPolicyPorts(t *testing.T) {
 	judge(t, "the port 8081 of UDP is denied", append(over("udp", table(c.clients(), c.server.place, portOf)),
 		over("tcp", table(c.clients(), c.server.place, portOf, all...))...)...)
 }
+
+// TestClusterPolicyStatus: the agents write what became of a policy into its status. Domain names are not supported: such a rule allows
+// nothing, and the policy says so.
+func TestClusterPolicyStatus(t *testing.T) {
+	c := newPolicyScene(t)
+	defineClusterPolicies(t)
+	c.clusterPolicy(t, "plain", "Admin", 900, `[{name: all, action: Accept, from: [{namespaces: {}}]}]`)
+	names := c.s.name + "-names"
+	t.Cleanup(func() { c.removeClusterPolicy(t, "names") })
+	c.s.must(api.apply(c.s.ctx, "", fmt.Sprintf("apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: %s}\n"+
+		"spec: {tier: Admin, priority: 901, subject: {namespaces: {matchLabels: {kubernetes.io/metadata.name: %s}}}, "+
+		"egress: [{name: site, action: Accept, to: [{domainNames: [example.org]}]}]}\n", names, c.s.name), nil))
+	for name, want := range map[string]string{c.s.name + "-plain": "True Accepted", names: "False DomainNamesUnsupported"} {
+		eventually(t, "the status of "+name, time.Minute, func() error {
+			var policy struct {
+				Status struct {
+					Conditions []struct{ Type, Status, Reason string }
+				}
+			}
+			if err := api.get(c.s.ctx, "ClusterNetworkPolicy", "", name, &policy); err != nil {
+				return err
+			}
+			for _, condition := range policy.Status.Conditions {
+				if condition.Type == "margay.io/Accepted" && condition.Status+" "+condition.Reason == want {
+					return nil
+				}
+			}
+			return fmt.Errorf("conditions are %+v, want %s", policy.Status.Conditions, want)
+		})
+	}
+}
