@@ -154,6 +154,7 @@ func TestN13_PolicyBeforeTheFirstPacket(t *testing.T) {
 		senders := []*sender{startSender(t, p.Host, denied), startSender(t, p.Host, near)}
 		c.ConnectPod(p)
 		took, answered := untilAnswered(t, p.Host, open, limit)
+		time.Sleep(20 * time.Millisecond) // an idle machine answers before the senders have got going
 		for _, s := range senders {
 			if s.end() == 0 {
 				t.Errorf("%s sent nothing: the test shows nothing", p.Name)
@@ -164,10 +165,11 @@ func TestN13_PolicyBeforeTheFirstPacket(t *testing.T) {
 
 	// Without a policy the same packets arrive: what follows can fail.
 	free := schedule("free", map[string]string{"app": "free"})
-	if _, answered := begin(free, 10*time.Second); !answered || far.got.Load() == 0 || beside.got.Load() == 0 {
+	_, answered := begin(free, 10*time.Second)
+	time.Sleep(100 * time.Millisecond) // what is on its way
+	if !answered || far.got.Load() == 0 || beside.got.Load() == 0 {
 		t.Fatalf("a pod without policies: allowed target answered %v, the others got %d and %d", answered, far.got.Load(), beside.got.Load())
 	}
-	time.Sleep(100 * time.Millisecond) // what is on its way
 	before := leaks()
 
 	var pods []*clustertest.Pod

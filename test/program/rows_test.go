@@ -153,8 +153,8 @@ func TestV16_OutOfWindowSegmentsAreTranslated(t *testing.T) {
 	})
 }
 
-// Contract row V17: nothing that travels is translated from a loopback address, although a NodePort of that number exists: what is sent
-// there from a pod or from outside is for the kernel, and kubelet's rules, to judge.
+// Contract row V17: nothing that travels is translated from a loopback address, although a NodePort of that number exists. What is sent there
+// from outside is for the kernel, and kubelet's rules, to judge; a pod's packet leads nowhere.
 func TestV17_LoopbackIsNotTranslated(t *testing.T) {
 	t.Parallel()
 	f := progtest.New(t)
@@ -165,7 +165,7 @@ func TestV17_LoopbackIsNotTranslated(t *testing.T) {
 			to := at(of(loopback, v6), nodePort)
 			fromOutside, pod := fromClient(kind, to), fromPod(f.A, kind, to)
 			passed(t, f, kind.String()+" from outside", f.FromNetdev(), fromOutside, fromOutside)
-			passed(t, f, kind.String()+" from a pod", progtest.FromPod(f.A), pod, pod)
+			dropped(t, f, kind.String()+" from a pod", progtest.FromPod(f.A), pod, "no_route")
 		}
 	})
 }
