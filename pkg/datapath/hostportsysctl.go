@@ -71,24 +71,17 @@ func ReserveHostPorts(ctx context.Context, cfg Config, ports []PortRange) error 
 	if _, err := os.Stat(path); len(ports) == 0 && errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	unlock, err := lock(ctx, filepath.Join(cfg.Run, "datapath.lock"))
-	if err != nil {
-		return fmt.Errorf("lock the datapath: %w", err)
-	}
-	defer unlock()
-	old, err := readReserved()
-	if err != nil {
-		return ignoreMissing(err)
-	}
-	ranges, err := parseRanges(old)
-	if err != nil {
-		return err
-	}
+	return withReserved(ctx, cfg, func(old string, ranges []PortRange) error {
+		return reserveHostPorts(cfg, path, old, newPortSet(ranges), newPortSet(ports))
+	})
+}
+
+// reserveHostPorts changes the kernel's list from have, written as old, so that it has the wanted hostPorts; path names those that are ours.
+func reserveHostPorts(cfg Config, path, old string, have, wanted *portSet) error {
 	own, err := readOwnPorts(path)
 	if err != nil {
 		return err
 	}
-	have, wanted := newPortSet(ranges), newPortSet(ports)
 	add := wanted.minus(have)
 	kept := own.intersect(wanted).union(add)
 	// Before they are reserved, and until after they are free: a kill in between is made good by the next call.

@@ -56,6 +56,21 @@ func (r PortRange) String() string {
 // the node must not take one and then get what is meant for the service. What else is reserved stays; the value from before Margay is
 // remembered for uninstall.
 func ReservePorts(ctx context.Context, cfg Config, r PortRange) error {
+	return withReserved(ctx, cfg, func(old string, ranges []PortRange) error {
+		if err := disownPorts(cfg, r); err != nil {
+			return err
+		}
+		want := joinRanges(append(ranges, r))
+		if slices.Equal(want, joinRanges(ranges)) {
+			return nil
+		}
+		return changeSysctl(cfg, sysctlReserved, old, formatRanges(want))
+	})
+}
+
+// withReserved calls change, under the datapath's lock, with the kernel's list as it is written there and as ranges; not where the kernel has
+// no such setting.
+func withReserved(ctx context.Context, cfg Config, change func(old string, ranges []PortRange) error) error {
 	unlock, err := lock(ctx, filepath.Join(cfg.Run, "datapath.lock"))
 	if err != nil {
 		return fmt.Errorf("lock the datapath: %w", err)
@@ -69,14 +84,7 @@ func ReservePorts(ctx context.Context, cfg Config, r PortRange) error {
 	if err != nil {
 		return err
 	}
-	if err := disownPorts(cfg, r); err != nil {
-		return err
-	}
-	want := joinRanges(append(ranges, r))
-	if slices.Equal(want, joinRanges(ranges)) {
-		return nil
-	}
-	return changeSysctl(cfg, sysctlReserved, old, formatRanges(want))
+	return change(old, ranges)
 }
 
 // ReservedPorts returns the ports that the kernel gives to no socket that asks for any, sorted; none where it has no such setting.
