@@ -76,3 +76,12 @@ func isGenerated(content []byte) bool {
 	}
 	return false
 }
+
+// TestNoExecutables: what a build leaves is in bin and build. Of compiled files only the BPF objects are kept, so that a clone needs no clang.
+func TestNoExecutables(t *testing.T) {
+	for _, path := range files(t, func(path string) bool { return !strings.HasSuffix(path, "_bpfel.o") }) {
+		if bytes.HasPrefix(read(t, path), []byte("\x7fELF")) {
+			t.Errorf("%s is a compiled program: it belongs into bin or build", path)
+		}
+	}
+}
