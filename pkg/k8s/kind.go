@@ -146,13 +146,16 @@ func (s *Source) kinds() ([]*kind, error) {
 	}
 	c, err := s.client.rest(policyGroup, runtime.ContentTypeJSON)
 	return append(all, &kind{
-		name: "clusternetworkpolicies", optional: true, sink: sinkOf[string, state.ClusterNetworkPolicy]{&s.clusterPolicies, named},
-		api: &rawAPI{client: c, resource: "clusternetworkpolicies"}, convert: s.clusterPolicy,
+		name: clusterPolicies, optional: true, sink: sinkOf[string, state.ClusterNetworkPolicy]{&s.clusterPolicies, named},
+		api: &rawAPI{client: c, resource: clusterPolicies}, convert: s.clusterPolicy,
 	}), err
 }
 
 // policyGroup is that of ClusterNetworkPolicy, which is a custom resource.
 var policyGroup = schema.GroupVersion{Group: "policy.networking.k8s.io", Version: "v1alpha2"}
+
+// clusterPolicies is the resource of ClusterNetworkPolicies.
+const clusterPolicies = "clusternetworkpolicies"
 
 // clusterPolicy trims a policy. What it has that nobody knows is kept as being there (row C5).
 func (s *Source) clusterPolicy(o runtime.Object) any {

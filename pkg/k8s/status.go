@@ -15,7 +15,6 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 )
@@ -28,9 +27,6 @@ const (
 	// fieldManager owns the condition in server-side apply; all nodes are one.
 	fieldManager = "margay"
 )
-
-// clusterPolicies is the API of ClusterNetworkPolicies.
-var clusterPolicies = schema.GroupVersion{Group: "policy.networking.k8s.io", Version: "v1alpha2"}
 
 // Statuses writes what became of ClusterNetworkPolicies into their status (contract row C9). All nodes come to the same conditions and
 // write them by server-side apply, so that it does not matter which one does; other writers' conditions stay.
@@ -46,7 +42,7 @@ type Statuses struct {
 
 // Statuses returns where to say what became of policies; it is written until ctx ends.
 func (s *Source) Statuses(ctx context.Context) (*Statuses, error) {
-	c, err := s.client.rest(clusterPolicies, runtime.ContentTypeJSON)
+	c, err := s.client.rest(policyGroup, runtime.ContentTypeJSON)
 	if err != nil {
 		return nil, err
 	}
@@ -117,8 +113,7 @@ func (w *Statuses) changed(done map[string]metav1.Condition) bool {
 func (w *Statuses) write(ctx context.Context, name string, want metav1.Condition) error {
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
-	const resource = "clusternetworkpolicies"
-	data, err := w.client.Get().Resource(resource).Name(name).Do(ctx).Raw()
+	data, err := w.client.Get().Resource(clusterPolicies).Name(name).Do(ctx).Raw()
 	if apierrors.IsNotFound(err) {
 		return nil
 	}
@@ -144,13 +139,13 @@ func (w *Statuses) write(ctx context.Context, name string, want metav1.Condition
 		}
 	}
 	patch, err := json.Marshal(map[string]any{
-		"apiVersion": clusterPolicies.String(), "kind": "ClusterNetworkPolicy", "metadata": map[string]any{"name": name},
+		"apiVersion": policyGroup.String(), "kind": "ClusterNetworkPolicy", "metadata": map[string]any{"name": name},
 		"status": map[string]any{"conditions": []metav1.Condition{want}},
 	})
 	if err != nil {
 		return err
 	}
-	err = w.client.Patch(types.ApplyPatchType).Resource(resource).Name(name).SubResource("status").
+	err = w.client.Patch(types.ApplyPatchType).Resource(clusterPolicies).Name(name).SubResource("status").
 		Param("fieldManager", fieldManager).Param("force", "true").Body(patch).Do(ctx).Error()
 	if err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("write the status of ClusterNetworkPolicy %s: %w", name, err)

@@ -48,7 +48,7 @@ func (s *policyServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			Status           struct{ Conditions []metav1.Condition }
 		}
 		body, err := io.ReadAll(r.Body)
-		if err := json.Unmarshal(body, &patch); err != nil || patch.Kind != "ClusterNetworkPolicy" || patch.APIVersion != clusterPolicies.String() {
+		if err := json.Unmarshal(body, &patch); err != nil || patch.Kind != "ClusterNetworkPolicy" || patch.APIVersion != policyGroup.String() {
 			s.t.Errorf("patch is %s, %v", body, err)
 		}
 		if err != nil {
@@ -71,7 +71,7 @@ func (s *policyServer) look() (patches int, conditions []metav1.Condition) {
 // node returns a writer as a node has it.
 func (s *policyServer) node(url string) *Statuses {
 	client, err := rest.RESTClientFor(&rest.Config{Host: url, APIPath: "/apis", ContentConfig: rest.ContentConfig{
-		GroupVersion: &clusterPolicies, NegotiatedSerializer: codecs.WithoutConversion(), ContentType: runtime.ContentTypeJSON,
+		GroupVersion: &policyGroup, NegotiatedSerializer: codecs.WithoutConversion(), ContentType: runtime.ContentTypeJSON,
 	}})
 	if err != nil {
 		s.t.Fatal(err)
