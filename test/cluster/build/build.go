@@ -89,7 +89,7 @@ func Everything(ctx context.Context, root, dir string, tests bool, log *slog.Log
 	return images(ctx, root, dir, log)
 }
 
-// Program builds one of the programs into dir/bin, where Everything puts it, and returns its path.
+// Program builds one of the programs into dir/bin, where Everything puts it, and returns its path. root and dir are absolute.
 func Program(ctx context.Context, root, dir, name string, log *slog.Logger) (string, error) {
 	all := programs()
 	i := slices.IndexFunc(all, func(p program) bool { return p.name == name })
