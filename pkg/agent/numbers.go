@@ -100,13 +100,13 @@ func (p *pipeline) importRaise() {
 // stamp tells states of the numbers apart.
 type stamp struct {
 	services uint64
-	policies *policy.Result
+	policies uint64
 	nodes    string
 	routes   string
 }
 
 func (p *pipeline) stampNumbers() stamp {
-	return stamp{p.services.Uses(), p.policyResult, fmt.Sprint(p.nodes.Export()), p.routes}
+	return stamp{p.services.Uses(), p.policies.Uses(), fmt.Sprint(p.nodes.Export()), p.routes}
 }
 
 // saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
