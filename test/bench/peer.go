@@ -10,10 +10,8 @@ import (
 	"io"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -85,7 +83,7 @@ func runPeer(args []string, stdin io.Reader, stdout io.Writer) error {
 	debug.SetGCPercent(-1)
 	runtime.GOMAXPROCS(4 * streams) // a thread in a system call that Go does not know of keeps its processor
 	runtime.LockOSThread()
-	if err := settle(); err != nil {
+	if err := pinned(); err != nil {
 		return err
 	}
 	if len(servers) > 0 {
@@ -124,24 +122,15 @@ func takeOrders(stdin io.Reader, stdout io.Writer) error {
 	}
 }
 
-// settle puts all threads of the process, and so all later ones, on the machine's last CPU, ahead of whatever else the machine is doing.
-func settle() error {
-	_, last, err := lastCPU()
-	if err != nil {
-		return err
+// pinned says if the process may run on one CPU only, as who starts it sees to: threads inherit that, and nothing that is done from inside
+// reaches the threads which the runtime is just making.
+func pinned() error {
+	var cpus unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &cpus); err != nil {
+		return fmt.Errorf("read CPU affinity: %w", err)
 	}
-	threads, err := filepath.Glob("/proc/self/task/*")
-	if err != nil {
-		return err
-	}
-	for _, path := range threads {
-		id, err := strconv.Atoi(filepath.Base(path))
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(unix.SchedSetaffinity(id, &last), unix.Setpriority(unix.PRIO_PROCESS, id, -20)); err != nil {
-			return fmt.Errorf("pin a thread and raise its priority: %w", err)
-		}
+	if cpus.Count() != 1 {
+		return fmt.Errorf("a peer was started on %d CPUs", cpus.Count())
 	}
 	return nil
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -36,6 +38,11 @@ func TestTraffic(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.stop()
+	for _, p := range []*peer{server, client} {
+		if got := cpusOf(t, p); len(got) != 1 {
+			t.Errorf("the threads of a peer may run on the CPUs %v, want one and the same", got)
+		}
+	}
 	cpu, err := newCPUMeter()
 	if err != nil {
 		t.Fatal(err)
@@ -62,6 +69,11 @@ func TestTraffic(t *testing.T) {
 			})
 		}
 	}
+	for _, p := range []*peer{server, client} { // the threads of eight streams as well
+		if got := cpusOf(t, p); len(got) != 1 {
+			t.Errorf("after the traffic: threads on the CPUs %v", got)
+		}
+	}
 	wrong := course{"closed port", at.path, at.addr(false), 1}
 	if _, err := client.burst(t.Context(), wrong, modeRequests, time.Millisecond); err == nil || !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("without server: %v, want connection refused", err)
@@ -72,6 +84,25 @@ func TestTraffic(t *testing.T) {
 	if _, err := client.burst(t.Context(), course{"again", at.path, at.addr(false), 0}, modeRequests, time.Millisecond); err != nil {
 		t.Errorf("after errors: %v", err)
 	}
+}
+
+// cpusOf returns the different lists of CPUs that the threads of a peer may run on.
+func cpusOf(t *testing.T, p *peer) []string {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p.cmd.Process.Pid))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("threads of the peer: %v, %v", files, err)
+	}
+	var lists []string
+	for _, f := range files {
+		if list := field(f, "Cpus_allowed_list", ":"); !slices.Contains(lists, list) && list != "unknown" { // a thread that has ended
+			lists = append(lists, list)
+		}
+	}
+	if len(lists) == 1 && strings.ContainsAny(lists[0], ",-") {
+		t.Errorf("CPUs %s, want one", lists[0])
+	}
+	return lists
 }
 
 func TestServeFlagErrors(t *testing.T) {
