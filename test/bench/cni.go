@@ -60,6 +60,10 @@ type chain struct {
 	results map[string][]byte
 }
 
+func newChain(plugins ...*plugin) *chain {
+	return &chain{plugins: plugins, results: map[string][]byte{}}
+}
+
 // chain returns the plugins of the conflist.
 func (c *cni) chain() (*chain, error) {
 	var list struct {
@@ -75,7 +79,7 @@ func (c *cni) chain() (*chain, error) {
 	if len(list.Plugins) == 0 {
 		return nil, errors.New("the conflist has no plugins")
 	}
-	ch := &chain{results: map[string][]byte{}}
+	ch := newChain()
 	for _, conf := range list.Plugins {
 		binary, ok := conf["type"].(string)
 		if !ok {

@@ -87,7 +87,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == peerCommand {
-		return exitCode(runPeer(args[1:], stdout), stderr)
+		return exitCode(runPeer(args[1:], os.Stdin, stdout), stderr)
 	}
 	o, err := parse(args, stderr)
 	if err != nil {

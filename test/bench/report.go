@@ -3,12 +3,14 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -103,7 +105,8 @@ func (r *report) targets() string {
 	return fmt.Sprintf("%d of %d figures with a target are within it.", with-len(r.missed()), with)
 }
 
-// bySection returns the results grouped by section, in the order in which the sections came.
+// bySection returns the results grouped by section, in the order in which the sections came, and in them the same figure beside its
+// references together.
 func bySection(results []result) [][]result {
 	var groups [][]result
 	index := map[string]int{}
@@ -115,6 +118,15 @@ func bySection(results []result) [][]result {
 			groups = append(groups, nil)
 		}
 		groups[i] = append(groups[i], res)
+	}
+	for _, group := range groups {
+		first := map[string]int{}
+		for i, res := range group {
+			if _, known := first[res.Name]; !known {
+				first[res.Name] = i
+			}
+		}
+		slices.SortStableFunc(group, func(a, b result) int { return cmp.Compare(first[a.Name], first[b.Name]) })
 	}
 	return groups
 }

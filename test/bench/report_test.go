@@ -91,8 +91,17 @@ func TestMeasuredTwice(t *testing.T) {
 }
 
 func TestBySection(t *testing.T) {
-	groups := bySection([]result{{ID: "1", Section: "a"}, {ID: "2", Section: "b"}, {ID: "3", Section: "a"}})
-	if len(groups) != 2 || len(groups[0]) != 2 || groups[0][1].ID != "3" || groups[1][0].ID != "2" {
-		t.Errorf("bySection() = %+v", groups)
+	groups := bySection([]result{
+		{ID: "1", Section: "a", Name: "rr"}, {ID: "2", Section: "b"}, {ID: "3", Section: "a", Name: "crr"}, {ID: "1~ptp", Section: "a", Name: "rr"},
+	})
+	var got []string
+	for _, group := range groups {
+		got = append(got, "|")
+		for _, r := range group {
+			got = append(got, r.ID)
+		}
+	}
+	if want := []string{"|", "1", "1~ptp", "3", "|", "2"}; !slices.Equal(got, want) {
+		t.Errorf("bySection() = %v, want %v", got, want)
 	}
 }
