@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -43,8 +44,18 @@ func newFabric(n *node, name string) (*fabric, error) {
 		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &noSnooping}); err != nil {
 			return fmt.Errorf("make the bridge: %w", err)
 		}
-		return linkUp("switch")
+		return errors.Join(noBridgeFilter(), linkUp("switch"))
 	})
+}
+
+// noBridgeFilter keeps the netfilter hooks out of the bridges of the calling thread's namespace, where the kernel has them there: a switch
+// does not filter.
+func noBridgeFilter() error {
+	settings, err := filepath.Glob("/proc/sys/net/bridge/bridge-nf-call-*")
+	for _, path := range settings {
+		err = errors.Join(err, os.WriteFile(path, []byte("0"), 0))
+	}
+	return err
 }
 
 // attach makes a host with the number in its addresses.
