@@ -17,8 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/margay-cni/margay/pkg/netns"
 )
 
@@ -56,25 +54,10 @@ func startPeer(path string, args ...string) (*peer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := netns.Do(path, func() error { return startPinned(cmd) }); err != nil {
+	if err := netns.Do(path, cmd.Start); err != nil {
 		return nil, fmt.Errorf("start a peer in %s: %w", path, err)
 	}
 	return &peer{cmd: cmd, in: in, out: bufio.NewReader(out)}, nil
-}
-
-// startPinned starts a process on the machine's last CPU, ahead of whatever else the machine is doing. Both it inherits from the calling
-// thread, which the caller keeps, and which is afterwards as it was.
-func startPinned(cmd *exec.Cmd) (err error) {
-	home, err := pinThread()
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, unix.SchedSetaffinity(0, &home)) }()
-	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, -20); err != nil {
-		return fmt.Errorf("raise the priority: %w", err)
-	}
-	defer func() { err = errors.Join(err, unix.Setpriority(unix.PRIO_PROCESS, 0, 0)) }()
-	return cmd.Start()
 }
 
 func (p *peer) stop() {
