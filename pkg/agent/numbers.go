@@ -4,7 +4,6 @@ package agent
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"maps"
 	"os"
@@ -101,12 +100,12 @@ func (p *pipeline) importRaise() {
 type stamp struct {
 	services uint64
 	policies *policy.Result
-	nodes    string
+	nodes    uint64
 	routes   string
 }
 
 func (p *pipeline) stampNumbers() stamp {
-	return stamp{p.services.Uses(), p.policyResult, fmt.Sprint(p.nodes.Export()), p.routes}
+	return stamp{p.services.Uses(), p.policyResult, p.nodes.Uses(), p.routes}
 }
 
 // saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a

@@ -143,6 +143,8 @@ type pipeline struct {
 	nodes         *node.Compiler
 	nodeResult    *node.Result
 	wantedNetwork *wantedNetwork
+	networkOf     networkInputs
+	nodesSettled  nodesApplied
 	policyResult  *policy.Result
 	serviceResult *service.Result
 	policyErr     error
@@ -169,8 +171,12 @@ type pipeline struct {
 	kept numbers
 	// saved is what numbers.json was written for; nil: it has to be written.
 	saved *stamp
-	// servicesNamed says that services.json is up to date.
+	// servicesNamed says that services.json is up to date. frontendsSeen grows when a frontend comes or goes.
 	servicesNamed bool
+	frontendsSeen uint64
+	// servicePorts are the NodePorts of all services, portsOf the journal of the services that they were collected from.
+	servicePorts []portRange
+	portsOf      state.Journal[state.Key]
 
 	numbers, raiseFile, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
 	numbersErr, namesErr, nodeFileErr                              error
