@@ -167,10 +167,12 @@ type pipeline struct {
 	raise   raise
 	routes  string
 	soon    bool
-	// kept are numbers that must not be forgotten while the source is incomplete.
+	// kept are numbers that must not be forgotten while the source is incomplete. What the maps hold after a round without hold, the
+	// compilers remember.
 	kept numbers
-	// saved is what numbers.json was written for; nil: it has to be written.
-	saved *stamp
+	// saved is what numbers.json was written for; nil: it has to be written. The others are parts of its text.
+	saved                       *stamp
+	serviceNumbers, nodeNumbers encodedNumbers
 	// servicesNamed says that services.json is up to date. frontendsSeen grows when a frontend comes or goes.
 	servicesNamed bool
 	frontendsSeen uint64
@@ -356,6 +358,8 @@ func (p *pipeline) applySource() {
 		p.wantNetwork(hold)
 		if hold {
 			p.keepNumbers()
+		} else {
+			p.kept = numbers{}
 		}
 	}
 	// The plugin writes this map too.
