@@ -23,6 +23,8 @@ CNI ?= margay
 NODE ?= node1
 # Further flags for every go test, for example TESTFLAGS='-run TestAdd -v'.
 TESTFLAGS ?=
+# Flags of bench and bench-full, for example BENCHFLAGS='-strict -cni other=/etc/cni/net.d/10-other.conflist,/opt/cni/bin'.
+BENCHFLAGS ?=
 # Kernels of test-vm.
 KERNELS ?= 6.1 6.12
 # Flags for bin/margay-install, for example INSTALL_FLAGS='--bin-dir /usr/local/bin'.
@@ -56,7 +58,7 @@ list_packages := go list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}'
 root_packages := $(list_packages) | awk '/ .*\/internal\/testutil\// {print $$1}'
 unit_packages := $(list_packages) | awk '!/ .*\/internal\/testutil\// {print $$1}'
 
-.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance cluster-build cluster-up cluster-down cluster-shell cluster-test test-cluster cluster-smoke lint fmt generate generate-check bench bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules manifests
+.PHONY: help build $(BINARIES) demo test test-unit test-root test-vm soak conformance cluster-build cluster-up cluster-down cluster-shell cluster-test test-cluster cluster-smoke lint fmt generate generate-check bench bench-full bench-smoke bench-packages fuzz ci deps clean install uninstall image test-modules manifests
 
 help: ## Print this list
 	@echo 'Margay $(VERSION)'
@@ -148,8 +150,11 @@ generate-check: generate ## Require that the committed generated files are what 
 	@generated='pkg/bpf test/bench/*_bpfel.*'; changed=$$(git status --porcelain -- $$generated); [[ -z $$changed ]] || \
 		{ git --no-pager diff --stat -- $$generated; echo "generate-check: not what is committed:"; echo "$$changed"; exit 1; }
 
-bench: ## Measure Margay beside others and write docs/benchmarks.md (needs root, under 3 minutes)
-	go run ./test/bench -write
+bench: ## Measure Margay beside others, compare with the committed results, write docs/benchmarks.md (needs root, about 4 minutes)
+	go run ./test/bench -write $(BENCHFLAGS)
+
+bench-full: ## The same with more rounds and what takes long (needs root, about 15 minutes)
+	go run ./test/bench -full -write $(BENCHFLAGS)
 
 bench-smoke: ## Run every benchmark once, briefly: shows that they work (needs root)
 	go run ./test/bench -smoke

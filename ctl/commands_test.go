@@ -15,6 +15,7 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/eventtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/flow"
 )
 
@@ -223,7 +224,7 @@ func TestDropTotals(t *testing.T) {
 	n.golden(t, "drops-json", "drops", "-o", "json")
 	var all dropList
 	n.decode(t, &all, "drops", "--all")
-	reasons, err := bpf.DropReasons()
+	reasons, err := object.DropReasons()
 	if err != nil {
 		t.Fatal(err)
 	}

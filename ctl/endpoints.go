@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/flow"
 )
 
@@ -89,7 +90,7 @@ func collectEndpoints(m *ebpf.Map, names *flow.Names, devs devices) ([]endpointI
 			groups[g] = &endpointInfo{
 				Device: devs.name(int(e.Ifindex)), Ifindex: int(e.Ifindex),
 				MAC: net.HardwareAddr(e.Mac[:]).String(), HostMAC: net.HardwareAddr(e.HostMac[:]).String(),
-				IngressPolicy: g.ingress, EgressPolicy: g.egress, Flags: bpf.EndpointFlagNames(e.Flags),
+				IngressPolicy: g.ingress, EgressPolicy: g.egress, Flags: object.EndpointFlagNames(e.Flags),
 			}
 		}
 		a := k.Netip()
@@ -171,7 +172,7 @@ func (l endpointList) print(w io.Writer) {
 // identityText shows a fixed identity by its name, another by its number.
 func identityText(id uint32) string {
 	if id < bpf.IdentityFirst || id == bpf.IdentityAny {
-		return bpf.IdentityName(id)
+		return object.IdentityName(id)
 	}
 	return fmt.Sprint(id)
 }
@@ -179,7 +180,7 @@ func identityText(id uint32) string {
 // policyText shows a fixed policy id by its name, another by its number.
 func policyText(id uint32) string {
 	if id < bpf.PolicyFirst {
-		return bpf.PolicyIDName(id)
+		return object.PolicyIDName(id)
 	}
 	return fmt.Sprint(id)
 }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/flow"
 )
 
@@ -130,7 +131,7 @@ func (c *policyCollector) collect(pod string) ([]policyInfo, error) {
 		}
 		slices.Sort(users)
 		list = append(list, policyInfo{
-			ID: ref.id, Direction: bpf.DirectionName(ref.direction), Pods: slices.Compact(append([]string{}, users...)),
+			ID: ref.id, Direction: object.DirectionName(ref.direction), Pods: slices.Compact(append([]string{}, users...)),
 			Note: policyNote(ref, len(entries[ref])), Entries: mergeEntries(entries[ref]),
 		})
 	}
@@ -196,13 +197,13 @@ func (c *policyCollector) peersByIdentity() (map[uint32][]string, error) {
 // entry tells one entry of the map.
 func (c *policyCollector) entry(k bpf.PolicyKey, e bpf.PolicyEntry, peers map[uint32][]string) policyEntry {
 	out := policyEntry{
-		Identity: k.Identity, Peers: peers[k.Identity], Verdict: bpf.VerdictName(e.Verdict), Rank: e.Rank,
+		Identity: k.Identity, Peers: peers[k.Identity], Verdict: object.VerdictName(e.Verdict), Rank: e.Rank,
 		RuleID: e.RuleId, Rule: c.names.Rule(e.RuleId), Cluster: e.Flags&bpf.PolicyEntryCluster != 0,
 	}
 	if k.Identity < bpf.IdentityFirst || k.Identity == bpf.IdentityAny {
-		out.Peers = []string{bpf.IdentityName(k.Identity)}
+		out.Peers = []string{object.IdentityName(k.Identity)}
 	} else if len(out.Peers) == 0 {
-		out.Peers = []string{bpf.IdentityName(k.Identity)}
+		out.Peers = []string{object.IdentityName(k.Identity)}
 	}
 	if k.Prefixlen >= bpf.PolicyPrefixProto {
 		out.Protocol = flow.ProtocolName(k.Proto)

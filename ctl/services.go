@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/flow"
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -147,7 +148,7 @@ func newServiceInfo(k bpf.FrontendKey, s bpf.Service, slots map[bpf.BackendKey]n
 	if s.Flags&bpf.ServiceHostPort != 0 {
 		hidden |= bpf.ServiceExternalLocal // no traffic policy: a hostPort is of one node
 	}
-	info.Flags = bpf.ServiceFlagNames(s.Flags &^ hidden)
+	info.Flags = object.ServiceFlagNames(s.Flags &^ hidden)
 	if s.Flags&bpf.ServiceDSR != 0 {
 		info.Return = string(state.ReturnDSR)
 	}

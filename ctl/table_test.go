@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 func TestTable(t *testing.T) {
@@ -77,13 +78,13 @@ func TestShorten(t *testing.T) {
 
 // TestHints: each drop reason has a hint that fits on a line, and no hint is for a reason that does not exist.
 func TestHints(t *testing.T) {
-	reasons, err := bpf.DropReasons()
+	reasons, err := object.DropReasons()
 	if err != nil {
 		t.Fatal(err)
 	}
 	names := map[string]bool{}
 	for _, r := range reasons {
-		name := bpf.DropReasonName(r)
+		name := object.DropReasonName(r)
 		names[name] = true
 		if n := len(hints[name]); n == 0 || n > 60 {
 			t.Errorf("hint of %s has %d characters, want 1 to 60", name, n)

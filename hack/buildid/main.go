@@ -23,7 +23,7 @@ func main() {
 func write(file string) error {
 	id := ""
 	for _, name := range objects {
-		b, err := os.ReadFile(name)
+		b, err := os.ReadFile("object/" + name)
 		if err != nil {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/manifest"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
@@ -95,7 +96,7 @@ func TestServiceFlags(t *testing.T) {
 			bpf.ServiceDSR | bpf.ServiceExternalLocal | bpf.ServiceDropExternal},
 	} {
 		if got := newService(tt.service).Flags; got != tt.want {
-			t.Errorf("flags of %+v = %v, want %v", tt.service, bpf.ServiceFlagNames(got), bpf.ServiceFlagNames(tt.want))
+			t.Errorf("flags of %+v = %v, want %v", tt.service, object.ServiceFlagNames(got), object.ServiceFlagNames(tt.want))
 		}
 	}
 }
@@ -129,7 +130,7 @@ func TestAgentsDefaultWayBackReachesTheFrontends(t *testing.T) {
 		}
 		for f, svc := range k.services.entries {
 			if svc.Flags != bpf.ServiceDSR {
-				t.Errorf("incomplete %v: flags of %v = %v, want dsr", incomplete, f.Addr.Netip(), bpf.ServiceFlagNames(svc.Flags))
+				t.Errorf("incomplete %v: flags of %v = %v, want dsr", incomplete, f.Addr.Netip(), object.ServiceFlagNames(svc.Flags))
 			}
 		}
 	}

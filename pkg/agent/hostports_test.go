@@ -15,6 +15,7 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/state"
@@ -297,7 +298,7 @@ func TestM3_HostPortAndNodePortOfOneNumber(t *testing.T) {
 // The kernel's table never replaces what the plugin has made, not even when the mirror does not know of it yet.
 func TestM3_HostPortIsNotOverwrittenInTheKernel(t *testing.T) {
 	privileged.Require(t)
-	specs, err := bpf.MapSpecs()
+	specs, err := object.MapSpecs()
 	if err != nil {
 		t.Fatal(err)
 	}

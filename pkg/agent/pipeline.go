@@ -150,6 +150,7 @@ type pipeline struct {
 	compiled      policyInputs
 	local         []localPod
 	merged        *state.Snapshot
+	withRecords   mergedPods
 	announceEnd   time.Time // when the first pod that waits is judged by its record; zero: none waits for a time
 	wantPolicy    policyMaps
 	wantService   serviceMaps
@@ -381,7 +382,7 @@ func (p *pipeline) compile() {
 	s := p.snapshot.Snapshot
 	p.local = localPods(p.records, s)
 	announced, waiting := p.announced(s)
-	s = state.MergePods(s, p.node, asPods(announced))
+	s = p.merge(s, announced, waiting)
 	if p.slices {
 		s = state.WithSelectorSlices(s)
 	}

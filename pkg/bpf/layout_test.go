@@ -13,6 +13,8 @@ import (
 
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // goForms are the Go forms of bpf/types.h's structs, by C name.
@@ -34,7 +36,7 @@ var unseen = map[string]bool{
 // TestLayout compares the size of every struct, and name, size and offset of every field, with what the C compiler made of them: Go
 // memory is handed to the kernel as it is.
 func TestLayout(t *testing.T) {
-	types, err := schemaTypes()
+	types, err := object.SchemaTypes()
 	if err != nil {
 		t.Fatal(err)
 	}

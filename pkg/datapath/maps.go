@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // mapVersion is the N of <name>_v<N>: raised when a map's key or value changes its layout, with a migration.
@@ -107,7 +108,7 @@ func MapPath(cfg Config, name string) string {
 // ensureMaps opens or creates every map. An existing one is kept with its content; if its layout differs from ours, that is an error,
 // because a changed layout has another name.
 func ensureMaps(cfg Config) (map[string]*ebpf.Map, error) {
-	specs, err := bpf.MapSpecs()
+	specs, err := object.MapSpecs()
 	if err != nil {
 		return nil, fmt.Errorf("read the map definitions: %w", err)
 	}

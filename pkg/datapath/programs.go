@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 var (
@@ -33,7 +34,7 @@ func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
 	if err := os.MkdirAll(partial, 0o700); err != nil {
 		return fmt.Errorf("make the program directory: %w", err)
 	}
-	specs, err := bpf.ProgramSpecs()
+	specs, err := object.ProgramSpecs()
 	if err != nil {
 		return fmt.Errorf("read the programs: %w", err)
 	}

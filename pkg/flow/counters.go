@@ -8,6 +8,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // Drops is how much was dropped for one reason in one direction since the maps were created.
@@ -23,7 +24,7 @@ type Drops struct {
 // DropTotals sums the drop counters over all CPUs: one element for each reason and direction, in the order of the reasons' numbers,
 // zeros included.
 func DropTotals(counters *ebpf.Map) ([]Drops, error) {
-	reasons, err := bpf.DropReasons()
+	reasons, err := object.DropReasons()
 	if err != nil {
 		return nil, fmt.Errorf("list drop reasons: %w", err)
 	}
@@ -32,9 +33,9 @@ func DropTotals(counters *ebpf.Map) ([]Drops, error) {
 		for _, direction := range []uint32{bpf.Egress, bpf.Ingress} {
 			var perCPU []bpf.Counter
 			if err := counters.Lookup(uint32(reason)*2+direction, &perCPU); err != nil {
-				return nil, fmt.Errorf("read counter of drop reason %s: %w", bpf.DropReasonName(reason), err)
+				return nil, fmt.Errorf("read counter of drop reason %s: %w", object.DropReasonName(reason), err)
 			}
-			d := Drops{Reason: bpf.DropReasonName(reason), Direction: bpf.DirectionName(uint8(direction))}
+			d := Drops{Reason: object.DropReasonName(reason), Direction: object.DirectionName(uint8(direction))}
 			for _, c := range perCPU {
 				d.Packets += c.Packets
 				d.Bytes += c.Bytes

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // LockFile is the file under the run directory that whoever reads the events holds locked.
@@ -58,10 +59,10 @@ type Event struct {
 func NewEvent(e bpf.Event, clock Clock) Event {
 	return Event{
 		Time:        clock.Time(e.Time),
-		Type:        bpf.EventTypeName(e.Type),
-		Reason:      bpf.DropReasonName(e.Reason),
-		Direction:   bpf.DirectionName(e.Direction),
-		Hook:        bpf.HookName(e.Hook),
+		Type:        object.EventTypeName(e.Type),
+		Reason:      object.DropReasonName(e.Reason),
+		Direction:   object.DirectionName(e.Direction),
+		Hook:        object.HookName(e.Hook),
 		Ifindex:     e.Ifindex,
 		Protocol:    ProtocolName(e.Tuple.Proto),
 		Source:      e.Tuple.Source(),

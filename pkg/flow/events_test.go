@@ -17,6 +17,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/eventtest"
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 func newRing(t *testing.T) *ebpf.Map {
@@ -165,7 +166,7 @@ func TestDropTotals(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	reasons, err := bpf.DropReasons()
+	reasons, err := object.DropReasons()
 	if err != nil {
 		t.Fatal(err)
 	}

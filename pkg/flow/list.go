@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // Flow is both directions of one flow, told from the side that opened it. The JSON names are a promise to scripts.
@@ -146,7 +147,7 @@ func (p *pair) flow(clock Clock) Flow {
 		}
 	}
 	if p.present[0] {
-		f.Action = bpf.FlowActionName(p.entries[0].Action)
+		f.Action = object.FlowActionName(p.entries[0].Action)
 	}
 	f.AgeSeconds = int64(age / time.Second)
 	return f

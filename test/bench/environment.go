@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"runtime"
 	"strings"
 	"time"
@@ -15,11 +16,27 @@ import (
 // environment says where and with what the run was made.
 func (r *report) environment() []string {
 	return []string{
-		fmt.Sprintf("Run with `make bench` on %s, in %s.", r.started.UTC().Format("2006-01-02"), time.Since(r.started).Round(time.Second)),
+		fmt.Sprintf("Run with `%s` on %s, in %s, of commit %s.", r.command, r.started.UTC().Format("2006-01-02"),
+			time.Since(r.started).Round(time.Second), commit()),
 		fmt.Sprintf("Machine: %s, %d CPUs, %s; load average %s before and %s after the run (its own work included).",
 			processor(), runtime.NumCPU(), memory(), r.load, loadAverage()),
-		fmt.Sprintf("Kernel %s, %s, %s; ptp and host-local %s.", kernel(), distribution(), runtime.Version(), r.reference),
+		fmt.Sprintf("Kernel %s, %s, %s; %s.", kernel(), distribution(), runtime.Version(), strings.Join(r.versions, "; ")),
 	}
+}
+
+// commit names what was measured, and says if that is not all: the binaries are built from the checkout as it is. The results that a run
+// writes do not count.
+func commit() string {
+	head, err := exec.Command("git", "rev-parse", "--short=12", "HEAD").Output()
+	if err != nil {
+		return "unknown"
+	}
+	name := strings.TrimSpace(string(head))
+	changed, err := exec.Command("git", "status", "--porcelain", "--", ".", ":!"+docFile, ":!"+dataDir).Output()
+	if err != nil || len(changed) > 0 {
+		name += " with changes"
+	}
+	return name
 }
 
 func loadAverage() string {

@@ -5,7 +5,8 @@
 // measured alternately in the same run, because on a shared machine only ratios mean anything.
 //
 // It works in network and mount namespaces of its own, which end with it, on the binaries that it builds first. It asserts nothing: a
-// missed target is a line of the report. It needs root.
+// missed target, and a figure that is worse than the committed one, is a line of the report; with -strict it is also a failed exit. It
+// needs root.
 package main
 
 import (
@@ -17,9 +18,10 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,31 +35,70 @@ func main() {
 
 // options are the command line.
 type options struct {
-	smoke  bool   // everything once, nothing to quote
-	write  bool   // write the results below docs
-	only   string // regular expression of section names
-	inside string // set in the child: directory of the built binaries
+	args   []string // as given
+	smoke  bool     // everything once, nothing to quote
+	full   bool     // more rounds, and what takes long
+	write  bool     // write the results below docs
+	strict bool     // fail on a missed target or a regression
+	only   string   // regular expression of section names
+	cnis   cnis     // further CNIs to compare with
+	inside string   // set in the child: directory of the built binaries
+}
+
+// command returns what somebody types to make the same run.
+func (o options) command() string {
+	args := slices.Clone(o.args)
+	if len(args) > 1 && args[0] == "-inside" {
+		args = args[2:]
+	}
+	switch line := strings.Join(args, " "); line {
+	case "-write":
+		return "make bench"
+	case "-full -write":
+		return "make bench-full"
+	default:
+		return strings.TrimSpace("go run ./test/bench " + line)
+	}
+}
+
+func parse(args []string, stderr io.Writer) (options, error) {
+	o := options{args: args}
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.BoolVar(&o.smoke, "smoke", false, "run everything once, briefly: shows that the benchmarks work, measures nothing")
+	flags.BoolVar(&o.full, "full", false, "run more rounds, and what takes long")
+	flags.BoolVar(&o.write, "write", false, "write docs/benchmarks/latest.json, the plots beside it and the tables of docs/benchmarks.md")
+	flags.BoolVar(&o.strict, "strict", false, "fail if a target is missed or a figure is worse than the committed one")
+	flags.StringVar(&o.only, "only", "", "`regexp` of the sections to run ("+sectionNames()+")")
+	flags.Var(&o.cnis, "cni", "`NAME=CONFLIST,BINDIR`: compare with this CNI as well; may be repeated")
+	flags.StringVar(&o.inside, "inside", "", "used by bench itself")
+	err := flags.Parse(args)
+	switch {
+	case err != nil:
+	case flags.NArg() > 0:
+		err = fmt.Errorf("not a flag: %s", flags.Arg(0))
+	case o.smoke && (o.full || o.write || o.strict):
+		err = errors.New("-smoke measures nothing: no -full, -write or -strict")
+	case o.write && o.only != "":
+		err = errors.New("-write writes all sections: no -only")
+	}
+	return o, err
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == peerCommand {
-		return exitCode(runPeer(args[1:], stdout), stderr)
+		return exitCode(runPeer(args[1:], os.Stdin, stdout), stderr)
 	}
-	var o options
-	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.BoolVar(&o.smoke, "smoke", false, "run everything once, briefly: shows that the benchmarks work, measures nothing")
-	flags.BoolVar(&o.write, "write", false, "write docs/benchmarks/latest.json and the tables of docs/benchmarks.md")
-	flags.StringVar(&o.only, "only", "", "`regexp` of the sections to run ("+sectionNames()+")")
-	flags.StringVar(&o.inside, "inside", "", "used by bench itself")
-	if err := flags.Parse(args); err != nil {
+	o, err := parse(args, stderr)
+	if err != nil {
+		exitCode(err, stderr)
 		return 2
 	}
 	if os.Geteuid() != 0 {
 		return exitCode(errors.New("root is needed: namespaces, devices and BPF programs are made"), stderr)
 	}
 	if o.inside == "" {
-		return exitCode(enter(ctx, args, stdout, stderr), stderr)
+		return exitCode(enter(ctx, o, args, stdout, stderr), stderr)
 	}
 	return exitCode(measure(ctx, o, stdout, slog.New(slog.NewTextHandler(stderr, nil))), stderr)
 }
@@ -74,12 +115,21 @@ func exitCode(err error, stderr io.Writer) int {
 type section struct {
 	name string
 	run  func(context.Context, *bench) error
+	// proxied has kube-proxy among what Margay is compared with.
+	proxied bool
 }
 
 var sections = []section{
-	{"packet", benchPackets},
-	{"add", benchAdd},
-	{"traffic", benchTraffic},
+	{"packet", benchPackets, false},
+	{"add", benchAdd, false},
+	{"traffic", benchTraffic, false},
+	{"nodes", benchNodes, true},
+	{"services", benchServices, true},
+	{"nodeports", benchNodePorts, true},
+	{"endpoints", benchEndpoints, true},
+	{"agent-start", benchAgentStart, false},
+	{"agent-change", benchAgentChange, false},
+	{"agent-memory", benchAgentMemory, false},
 }
 
 func sectionNames() string {
@@ -98,12 +148,20 @@ type bench struct {
 	log    *slog.Logger
 }
 
-// rounds returns how often something is measured, full or smoke.
-func (b *bench) rounds(full, smoke int) int {
+// rounds returns how often something is measured, or smoke times where nothing is.
+func (b *bench) rounds(times, smoke int) int {
 	if b.smoke {
 		return smoke
 	}
-	return full
+	return times
+}
+
+// choose returns how often something is measured in the long form, in the short one, and where nothing is.
+func (b *bench) choose(full, short, smoke int) int {
+	if b.full {
+		return full
+	}
+	return b.rounds(short, smoke)
 }
 
 func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger) (err error) {
@@ -111,27 +169,48 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
 	}
+	var before baseline
+	if !o.smoke {
+		if before, err = readBaseline(ctx); err != nil {
+			return err
+		}
+	}
 	n, err := newNode(ctx, o.inside)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
-	b := &bench{options: o, node: n, report: newReport(o.inside), log: log}
+	b := &bench{options: o, node: n, report: newReport(o), log: log}
 	for _, s := range sections {
 		if !only.MatchString(s.name) {
 			continue
 		}
-		log.Info("measuring", slog.String("section", s.name))
+		start := time.Now()
 		if err := s.run(ctx, b); err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
+		log.Info("measured", slog.String("section", s.name), slog.Duration("took", time.Since(start).Round(time.Millisecond)))
 	}
-	b.report.finish()
+	if err := b.report.finish(before); err != nil {
+		return err
+	}
 	if err := b.report.print(stdout); err != nil {
 		return fmt.Errorf("print the report: %w", err)
 	}
-	if o.write && !o.smoke {
-		return b.report.write(filepath.Join("docs", "benchmarks.md"), filepath.Join("docs", "benchmarks", "latest.json"))
+	warn(log, b.report.regressions)
+	if o.write {
+		if err := b.report.write("."); err != nil {
+			return err
+		}
+	}
+	if missed := len(b.report.missed()); o.strict && missed+len(b.report.regressions) > 0 {
+		return fmt.Errorf("%d targets missed, %d figures worse than the committed ones", missed, len(b.report.regressions))
 	}
 	return nil
+}
+
+// proxied says whether one of the sections that are run has kube-proxy in it.
+func proxied(only string) bool {
+	pattern, err := regexp.Compile(only)
+	return err == nil && slices.ContainsFunc(sections, func(s section) bool { return s.proxied && pattern.MatchString(s.name) })
 }

@@ -3,11 +3,11 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,89 +16,6 @@ import (
 	"time"
 )
 
-// measurement is one comparison. Ratio is always Margay's value by the reference's.
-type measurement struct {
-	ID        string  `json:"id"`
-	Section   string  `json:"section"`
-	Name      string  `json:"name"`
-	Unit      string  `json:"unit"`
-	Margay    float64 `json:"margay"` // median of the rounds
-	Value     float64 `json:"reference"`
-	Reference string  `json:"reference_name"`
-	Ratio     float64 `json:"ratio"`
-	Target    float64 `json:"target,omitempty"` // for the ratio; 0 = none
-	Higher    bool    `json:"higher_is_better,omitempty"`
-	OK        bool    `json:"ok"` // true also without a target
-	Rounds    int     `json:"rounds"`
-	// Smallest and largest round.
-	MargayRange    [2]float64 `json:"margay_range"`
-	ReferenceRange [2]float64 `json:"reference_range"`
-
-	ours, theirs []float64
-}
-
-// add notes one round.
-func (m *measurement) add(margay, reference float64) {
-	m.ours = append(m.ours, margay)
-	m.theirs = append(m.theirs, reference)
-}
-
-// finish computes what is reported from the rounds.
-func (m *measurement) finish() {
-	m.Rounds = len(m.ours)
-	m.Margay, m.Value = rounded(median(m.ours)), rounded(median(m.theirs))
-	m.MargayRange = [2]float64{rounded(slices.Min(m.ours)), rounded(slices.Max(m.ours))}
-	m.ReferenceRange = [2]float64{rounded(slices.Min(m.theirs)), rounded(slices.Max(m.theirs))}
-	m.Ratio = math.Round(1000*median(m.ours)/median(m.theirs)) / 1000
-	m.OK = m.Target == 0 || (m.Higher && m.Ratio >= m.Target) || (!m.Higher && m.Ratio <= m.Target)
-}
-
-// rounded keeps four significant digits: more would be noise.
-func rounded(v float64) float64 {
-	if v == 0 || math.IsNaN(v) {
-		return v
-	}
-	scale := math.Pow(10, 3-math.Floor(math.Log10(math.Abs(v))))
-	return math.Round(v*scale) / scale
-}
-
-func number(v float64) string {
-	switch {
-	case v >= 100:
-		return fmt.Sprintf("%.0f", v)
-	case v >= 10:
-		return fmt.Sprintf("%.1f", v)
-	default:
-		return fmt.Sprintf("%.2f", v)
-	}
-}
-
-func span(r [2]float64) string {
-	return number(r[0]) + "–" + number(r[1])
-}
-
-func (m *measurement) target() string {
-	switch {
-	case m.Target == 0:
-		return ""
-	case m.Higher:
-		return fmt.Sprintf("≥ %.2f", m.Target)
-	default:
-		return fmt.Sprintf("≤ %.2f", m.Target)
-	}
-}
-
-func (m *measurement) verdict() string {
-	switch {
-	case m.Target == 0:
-		return ""
-	case m.OK:
-		return "yes"
-	default:
-		return "no"
-	}
-}
-
 // table is something to show that is no comparison: where time goes.
 type table struct {
 	title string
@@ -106,61 +23,138 @@ type table struct {
 	rows  [][]string
 }
 
+// report collects what the sections measure.
 type report struct {
 	started      time.Time
-	load         string // average at the start
-	reference    string // version of the reference plugins
+	command      string   // that makes this run
+	load         string   // average at the start
+	versions     []string // of what Margay is compared with
 	measurements []*measurement
 	tables       []table
 	notes        []string
+
+	// From finish on.
+	results     []result
+	regressions []regression
 }
 
-func newReport(bin string) *report {
-	version, err := os.ReadFile(filepath.Join(bin, versionFile))
+func newReport(o options) *report {
+	version, err := os.ReadFile(filepath.Join(o.inside, versionFile))
 	if err != nil {
 		version = []byte("of unknown version")
 	}
-	return &report{started: time.Now(), load: loadAverage(), reference: string(version)}
+	return &report{
+		started: time.Now(), command: o.command(), load: loadAverage(),
+		versions: []string{"ptp and host-local " + string(version)},
+	}
 }
 
-func (r *report) add(m *measurement) { r.measurements = append(r.measurements, m) }
+// add takes a measurement into the report. Its rounds may follow until the end of the run.
+func (r *report) add(measurements ...*measurement) {
+	r.measurements = append(r.measurements, measurements...)
+}
 
 func (r *report) note(format string, args ...any) {
 	r.notes = append(r.notes, fmt.Sprintf(format, args...))
 }
 
-func (r *report) finish() {
+// version notes what something was that Margay is compared with, such as "kube-proxy v1.37.0".
+func (r *report) version(text string) { r.versions = append(r.versions, text) }
+
+// finish computes the results, and what of them is worse than the baseline.
+func (r *report) finish(b baseline) error {
+	var errs []error
+	seen := map[string]bool{}
 	for _, m := range r.measurements {
-		m.finish()
-	}
-}
-
-var columns = []string{"", "unit", "margay", "range", "reference", "range", "", "ratio", "target", "ok"}
-
-func (m *measurement) row() []string {
-	return []string{
-		m.Name, m.Unit, number(m.Margay), span(m.MargayRange), number(m.Value), span(m.ReferenceRange), m.Reference,
-		fmt.Sprintf("%.2f", m.Ratio), m.target(), m.verdict(),
-	}
-}
-
-// bySection returns the measurements' rows as one table per section.
-func (r *report) bySection() []table {
-	var out []table
-	for _, m := range r.measurements {
-		if len(out) == 0 || out[len(out)-1].title != m.Section {
-			out = append(out, table{title: m.Section, head: columns})
+		res, err := m.result()
+		if seen[m.ID] {
+			err = fmt.Errorf("%s: measured twice", m.ID)
 		}
-		last := &out[len(out)-1]
-		last.rows = append(last.rows, m.row())
+		seen[m.ID] = true
+		errs = append(errs, err)
+		r.results = append(r.results, res)
 	}
-	return out
+	var compared int
+	r.regressions, compared = b.regressions(r.results)
+	r.note("%s", r.targets())
+	if b.name != "" {
+		r.note("Compared with %s, by ratios: %d figures, %d of them worse by more than the rounds' spread explains.",
+			b.name, compared, len(r.regressions))
+	}
+	return errors.Join(errs...)
+}
+
+// missed returns the results that are not within their targets.
+func (r *report) missed() []result {
+	var missed []result
+	for _, res := range r.results {
+		if !res.OK {
+			missed = append(missed, res)
+		}
+	}
+	return missed
+}
+
+func (r *report) targets() string {
+	with := 0
+	for _, res := range r.results {
+		if res.Target != nil {
+			with++
+		}
+	}
+	return fmt.Sprintf("%d of %d figures with a target are within it.", with-len(r.missed()), with)
+}
+
+// bySection returns the results grouped by section, in the order in which the sections came, and in them the same figure beside its
+// references together.
+func bySection(results []result) [][]result {
+	var groups [][]result
+	index := map[string]int{}
+	for _, res := range results {
+		i, known := index[res.Section]
+		if !known {
+			i = len(groups)
+			index[res.Section] = i
+			groups = append(groups, nil)
+		}
+		groups[i] = append(groups[i], res)
+	}
+	for _, group := range groups {
+		first := map[string]int{}
+		for i, res := range group {
+			if _, known := first[res.Name]; !known {
+				first[res.Name] = i
+			}
+		}
+		slices.SortStableFunc(group, func(a, b result) int { return cmp.Compare(first[a.Name], first[b.Name]) })
+	}
+	return groups
+}
+
+func resultTable(group []result) table {
+	t := table{title: group[0].Section, head: columns}
+	for _, res := range group {
+		t.rows = append(t.rows, res.row())
+	}
+	return t
+}
+
+// attention returns the tables that come first: what is worse than before.
+func (r *report) attention() []table {
+	if len(r.regressions) == 0 {
+		return nil
+	}
+	return []table{regressionTable(r.regressions)}
 }
 
 // print writes everything as aligned text.
 func (r *report) print(w io.Writer) error {
+	tables := r.attention()
+	for _, group := range bySection(r.results) {
+		tables = append(tables, resultTable(group))
+	}
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	for _, t := range append(r.bySection(), r.tables...) {
+	for _, t := range append(tables, r.tables...) {
 		fmt.Fprintf(tw, "\n%s\n", t.title)
 		for _, row := range append([][]string{t.head}, t.rows...) {
 			fmt.Fprintf(tw, "  %s\n", strings.Join(row, "\t"))
@@ -176,18 +170,31 @@ func (r *report) print(w io.Writer) error {
 	return tw.Flush()
 }
 
-// markdown is the part of docs/benchmarks.md that a run writes.
-func (r *report) markdown() string {
+func (t table) markdown(b *strings.Builder) {
+	fmt.Fprintf(b, "| %s |\n|%s\n", strings.Join(t.head, " | "), strings.Repeat(" --- |", len(t.head)))
+	for _, row := range t.rows {
+		fmt.Fprintf(b, "| %s |\n", strings.Join(row, " | "))
+	}
+}
+
+// markdown is the part of docs/benchmarks.md that a run writes. plots is the plots' directory as seen from there.
+func (r *report) markdown(plots string) string {
 	var b strings.Builder
 	for _, n := range append(r.environment(), r.notes...) {
 		fmt.Fprintf(&b, "- %s\n", n)
 	}
-	for _, t := range append(r.bySection(), r.tables...) {
+	for _, t := range r.attention() {
 		fmt.Fprintf(&b, "\n### %s\n\n", t.title)
-		fmt.Fprintf(&b, "| %s |\n|%s\n", strings.Join(t.head, " | "), strings.Repeat(" --- |", len(t.head)))
-		for _, row := range t.rows {
-			fmt.Fprintf(&b, "| %s |\n", strings.Join(row, " | "))
-		}
+		t.markdown(&b)
+	}
+	for _, group := range bySection(r.results) {
+		title := group[0].Section
+		fmt.Fprintf(&b, "\n### %s\n\n![%s](%s/%s)\n\n", title, title, plots, plotName(title))
+		resultTable(group).markdown(&b)
+	}
+	for _, t := range r.tables {
+		fmt.Fprintf(&b, "\n### %s\n\n", t.title)
+		t.markdown(&b)
 	}
 	return b.String()
 }
@@ -208,17 +215,25 @@ func replaceBlock(doc, text string) (string, error) {
 	return before + blockBegin + "\n\n" + strings.TrimSpace(text) + "\n\n" + blockEnd + after, nil
 }
 
-// write puts the results where they are committed.
-func (r *report) write(doc, data string) error {
+// Where the results are committed.
+var (
+	docFile   = filepath.Join("docs", "benchmarks.md")
+	dataDir   = filepath.Join("docs", "benchmarks")
+	latestRun = filepath.Join(dataDir, "latest.json")
+)
+
+// write puts the results where they are committed, below top: the tables, the data, and a plot for every section.
+func (r *report) write(top string) error {
+	doc, data := filepath.Join(top, docFile), filepath.Join(top, latestRun)
 	text, err := os.ReadFile(doc)
 	if err != nil {
 		return err
 	}
-	replaced, err := replaceBlock(string(text), r.markdown())
+	replaced, err := replaceBlock(string(text), r.markdown(filepath.Base(dataDir)))
 	if err != nil {
 		return fmt.Errorf("%s: %w", doc, err)
 	}
-	out, err := json.MarshalIndent(r.measurements, "", "  ")
+	out, err := json.MarshalIndent(r.results, "", "  ")
 	if err != nil {
 		return fmt.Errorf("encode the results: %w", err)
 	}
@@ -226,5 +241,6 @@ func (r *report) write(doc, data string) error {
 		os.MkdirAll(filepath.Dir(data), 0o755),
 		os.WriteFile(doc, []byte(replaced), 0o644),
 		os.WriteFile(data, append(out, '\n'), 0o644),
+		writePlots(filepath.Join(top, dataDir), r.results),
 	)
 }

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
-	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // families runs f once for IPv4 and once for IPv6.
@@ -42,7 +42,7 @@ func TestPodToPod(t *testing.T) {
 			wantAnswer(t, network, got, err, "b "+a.Addr(v6).String())
 		}
 	})
-	if drops := n.AllDrops(); drops[bpf.DropReasonName(6)] != 0 {
+	if drops := n.AllDrops(); drops[object.DropReasonName(6)] != 0 {
 		t.Errorf("drops = %v, want none by policy", drops)
 	}
 }

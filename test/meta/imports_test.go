@@ -24,7 +24,7 @@ var floors = map[string]int{
 	"pkg/agent": 4, "pkg/cni": 4,
 	"pkg/k8s": 3, "pkg/manifest": 3, "pkg/policy": 3, "pkg/service": 3, "pkg/node": 3, "pkg/datapath": 3, "pkg/flow": 3,
 	"pkg/health": 3, "pkg/metrics": 2,
-	"pkg/state": 2, "pkg/endpoint": 2, "pkg/bpf": 2, "pkg/link": 2, "pkg/netfilter": 2, "pkg/netns": 2, "pkg/ipam": 2,
+	"pkg/state": 2, "pkg/endpoint": 2, "pkg/bpf": 2, "pkg/bpf/object": 2, "pkg/link": 2, "pkg/netfilter": 2, "pkg/netns": 2, "pkg/ipam": 2,
 	"pkg/addr": 1, "conf": 1,
 }
 

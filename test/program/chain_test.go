@@ -12,6 +12,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // flowTable compares the whole flow table. Times, epochs and checksum differences are held by other tests, by what they do.
@@ -109,7 +110,7 @@ func TestNodeAndPod(t *testing.T) {
 			open = with(open, at(of(nodetest.NodeAddrs, v6), sport), open.Dst)
 			passed(t, f, name+" from the node", progtest.ToPod(f.B), open, open)
 			if got, _ := f.Flow(t, key(open)); got.Flags != bpf.FlowViaStack|bpf.FlowFromHost|bpf.FlowInNode {
-				t.Errorf("%s from the node: flags = %v, want via_stack, from_host and in_node", name, bpf.FlowFlagNames(got.Flags))
+				t.Errorf("%s from the node: flags = %v, want via_stack, from_host and in_node", name, object.FlowFlagNames(got.Flags))
 			}
 			back := answer(open)
 			back.SrcMAC, back.DstMAC = f.B.MAC, f.B.HostMAC

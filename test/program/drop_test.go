@@ -17,6 +17,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // notByOnePacket lists the reasons that no case below provokes, and why.
@@ -190,10 +191,10 @@ func TestDropReasons(t *testing.T) {
 	}
 	neighbourDrops(t, f, seen)
 
-	reasons, err := bpf.DropReasons()
+	reasons, err := object.DropReasons()
 	must(t, err)
 	for _, r := range reasons {
-		name := bpf.DropReasonName(r)
+		name := object.DropReasonName(r)
 		if why := notByOnePacket[name]; !seen[name] && why == "" {
 			t.Errorf("no packet provokes the drop reason %s, and notByOnePacket does not say why", name)
 		} else if seen[name] && why != "" {

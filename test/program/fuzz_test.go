@@ -12,7 +12,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
-	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // FuzzParse sends arbitrary frames through all hooks. Whatever they hold: the action is one that the hook may take, a drop is counted
@@ -26,13 +26,13 @@ func FuzzParse(f *testing.F) {
 			f.Add(seed)
 		}
 	}
-	reasons, err := bpf.DropReasons()
+	reasons, err := object.DropReasons()
 	if err != nil {
 		f.Fatal(err)
 	}
 	var listed []string
 	for _, r := range reasons {
-		listed = append(listed, bpf.DropReasonName(r))
+		listed = append(listed, object.DropReasonName(r))
 	}
 	hooks := map[progtest.Hook][]int{
 		progtest.FromPod(fx.A): {progtest.OK, progtest.Shot, progtest.Redirect},

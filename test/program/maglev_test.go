@@ -10,12 +10,13 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	compiler "github.com/margay-cni/margay/pkg/service"
 )
 
 // The programs and the compiler know the same sizes of tables.
 func TestMaglevSizes(t *testing.T) {
-	specs, err := bpf.ProgramSpecs()
+	specs, err := object.ProgramSpecs()
 	must(t, err)
 	found := 0
 	for _, spec := range specs {

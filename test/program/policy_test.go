@@ -10,6 +10,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 const (
@@ -134,7 +135,7 @@ func TestPolicyChangeOnOpenFlow(t *testing.T) {
 			for _, k := range []bpf.FlowKey{key(open), key(back)} {
 				const denied = bpf.FlowDenied | bpf.FlowDeniedIngress | bpf.FlowNAT
 				if got, _ := f.Flow(t, k); got.Flags&denied != denied {
-					t.Errorf("denied flow's flags = %v, want denied by ingress policy, and still translated", bpf.FlowFlagNames(got.Flags))
+					t.Errorf("denied flow's flags = %v, want denied by ingress policy, and still translated", object.FlowFlagNames(got.Flags))
 				}
 			}
 

@@ -13,6 +13,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 func TestClusterIP(t *testing.T) {
@@ -89,7 +90,7 @@ func TestNodePort(t *testing.T) {
 			redirected(t, f, name+" goes on", f.FromNetdev(), data(open), with(atPod(data(open), f.B), open.Src, backend))
 			got, _ := f.Flow(t, key(back))
 			if got.Action != bpf.FlowToNetdev || got.OutIfindex != uint32(f.ClientDevice) {
-				t.Errorf("%s: answers' entry: action %s by device %d, want to_netdev by %d", name, bpf.FlowActionName(got.Action), got.OutIfindex, f.ClientDevice)
+				t.Errorf("%s: answers' entry: action %s by device %d, want to_netdev by %d", name, object.FlowActionName(got.Action), got.OutIfindex, f.ClientDevice)
 			}
 			// The same port on an address that serves no NodePorts is the host's.
 			other := fromClient(kind, at(of(nodetest.ClientAddrs, v6), nodePort))

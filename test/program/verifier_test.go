@@ -15,7 +15,7 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/margay-cni/margay/internal/testutil/privileged"
-	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 const budgetFile = "../../bpf/budget.txt"
@@ -38,7 +38,7 @@ func TestVerifier(t *testing.T) {
 	privileged.Require(t)
 	got := map[string]cost{}
 	for combination := range 1 << len(switches) {
-		specs, err := bpf.ProgramSpecs()
+		specs, err := object.ProgramSpecs()
 		must(t, err)
 		for _, spec := range specs {
 			for i, name := range switches {

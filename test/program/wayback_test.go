@@ -10,6 +10,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
 // A client to which the kernel has no route by the device that it asked through is answered there all the same, at the MAC address that it
@@ -45,7 +46,7 @@ func TestAnswerWithoutRouteGoesToTheNeighbour(t *testing.T) {
 				redirected(t, f, name+" is answered again", progtest.FromPod(f.B), back, out)
 				got, _ := f.Flow(t, key(back))
 				if toMAC := got.Flags&bpf.FlowToMAC != 0; toMAC == tt.known || got.Action != bpf.FlowToNetdev {
-					t.Errorf("%s: answers' entry: %s, to the neighbour: %v, want %v", name, bpf.FlowActionName(got.Action), toMAC, !tt.known)
+					t.Errorf("%s: answers' entry: %s, to the neighbour: %v, want %v", name, object.FlowActionName(got.Action), toMAC, !tt.known)
 				}
 			}
 		}

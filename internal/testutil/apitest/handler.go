@@ -195,10 +195,11 @@ func nameOf(o runtime.Object) string {
 }
 
 func (s *Server) create(w http.ResponseWriter, r *http.Request, e encoding) {
+	var o runtime.Object
 	body, err := io.ReadAll(r.Body)
 	if err == nil {
-		var o runtime.Object
-		if o, _, err = scheme.Codecs.UniversalDeserializer().Decode(body, nil, &corev1.Event{}); err == nil {
+		o, _, err = scheme.Codecs.UniversalDeserializer().Decode(body, nil, &corev1.Event{})
+		if _, ok := o.(*corev1.Event); ok {
 			s.Put(o)
 			w.Header().Set("Content-Type", e.info.MediaType)
 			w.WriteHeader(http.StatusCreated)
@@ -206,7 +207,7 @@ func (s *Server) create(w http.ResponseWriter, r *http.Request, e encoding) {
 			return
 		}
 	}
-	e.refuse(w, http.StatusBadRequest, "events", fmt.Sprint(err))
+	e.refuse(w, http.StatusBadRequest, "events", fmt.Sprintf("%T: %v", o, err))
 }
 
 // frames writes the events of one watch.

@@ -22,16 +22,26 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"testing"
 	"time"
 )
 
 // Token is the bearer token that the server accepts.
 const Token = "apitest-token"
 
+// T is what the server needs of a testing.TB. The benchmarks, which are no test, have one of their own.
+type T interface {
+	Helper()
+	// Fatal and Fatalf do not return.
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
+	Errorf(format string, args ...any)
+	Cleanup(f func())
+	TempDir() string
+}
+
 // Server is an API server that lives until the test ends.
 type Server struct {
-	t     testing.TB
+	t     T
 	ca    []byte // PEM
 	cert  tls.Certificate
 	addr  string
@@ -72,7 +82,7 @@ type Fault struct {
 }
 
 // New starts a server on a free port of 127.0.0.1. Its certificate is valid for kubernetes.default.svc and for nothing else.
-func New(t testing.TB) *Server {
+func New(t T) *Server {
 	t.Helper()
 	s := &Server{
 		t: t, token: Token, cluster: &cluster{version: 100, stores: map[string]*store{}}, faults: map[string]Fault{}, conns: map[net.Conn]struct{}{},

@@ -24,6 +24,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/addr"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/link"
 )
@@ -332,7 +333,7 @@ func (n *Node) AllDrops() map[string]uint64 {
 	out := map[string]uint64{}
 	for reason := range uint32(64) {
 		if packets := n.Drops(reason); packets != 0 {
-			out[bpf.DropReasonName(uint8(reason))] = packets
+			out[object.DropReasonName(uint8(reason))] = packets
 		}
 	}
 	return out

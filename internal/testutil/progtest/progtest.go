@@ -18,6 +18,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/datapath"
 )
 
@@ -89,7 +90,7 @@ func on(t testing.TB, n *nodetest.Node, flows uint32) *Fixture {
 	}
 	f.Flows, f.counters, f.Affinity = shared["flows"], shared["counters"], shared["affinity"]
 	f.Held, f.Cursor, f.Fragments = shared["held_fragments"], shared["held_cursor"], shared["fragments"]
-	specs, err := bpf.ProgramSpecs()
+	specs, err := object.ProgramSpecs()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +107,7 @@ func on(t testing.TB, n *nodetest.Node, flows uint32) *Fixture {
 
 func newMap(t testing.TB, name string, size uint32) *ebpf.Map {
 	t.Helper()
-	specs, err := bpf.MapSpecs()
+	specs, err := object.MapSpecs()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -232,7 +233,7 @@ func (f *Fixture) Drops(t testing.TB) map[string]uint64 {
 	out := map[string]uint64{}
 	for i, c := range values {
 		if c.Packets != 0 {
-			out[bpf.DropReasonName(uint8(keys[i/cpus]/2))] += c.Packets
+			out[object.DropReasonName(uint8(keys[i/cpus]/2))] += c.Packets
 		}
 	}
 	return out

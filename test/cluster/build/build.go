@@ -89,6 +89,23 @@ func Everything(ctx context.Context, root, dir string, tests bool, log *slog.Log
 	return images(ctx, root, dir, log)
 }
 
+// Program builds one of the programs into dir/bin, where Everything puts it, and returns its path. root and dir are absolute.
+func Program(ctx context.Context, root, dir, name string, log *slog.Logger) (string, error) {
+	all := programs()
+	i := slices.IndexFunc(all, func(p program) bool { return p.name == name })
+	if i < 0 {
+		return "", fmt.Errorf("no program %s", name)
+	}
+	bin := filepath.Join(dir, "bin")
+	if err := os.MkdirAll(filepath.Join(bin, ".keys"), 0o755); err != nil {
+		return "", err
+	}
+	if err := all[i].build(ctx, root, bin, log); err != nil {
+		return "", fmt.Errorf("build %s: %w", name, err)
+	}
+	return filepath.Join(bin, name), nil
+}
+
 // build builds a program unless the one that is there has the same key.
 func (p program) build(ctx context.Context, root, bin string, log *slog.Logger) error {
 	key, err := p.key(root)

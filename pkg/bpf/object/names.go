@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package bpf
+package object
 
 import (
 	"fmt"
@@ -27,8 +27,8 @@ var (
 	serviceFlagEnum  = newEnum("service_flags", "SERVICE_")
 )
 
-// schemaTypes is the BTF of the object that defines the types.
-var schemaTypes = sync.OnceValues(func() (*btf.Spec, error) {
+// SchemaTypes is the BTF of the object that defines the types.
+var SchemaTypes = sync.OnceValues(func() (*btf.Spec, error) {
 	spec, err := loadDp()
 	if err != nil {
 		return nil, err
@@ -55,7 +55,7 @@ func newEnum(name, prefix string, marks ...string) enum {
 
 // enumValues reads one enum's names from BTF, lower-cased and without the prefix.
 func enumValues(name, prefix string, marks []string) (map[uint64]string, error) {
-	types, err := schemaTypes()
+	types, err := SchemaTypes()
 	if err != nil {
 		return nil, err
 	}

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package bpf
+package object
 
 import (
 	"fmt"
 	"hash/crc32"
 	"testing"
+
+	"github.com/margay-cni/margay/pkg/bpf"
 )
 
 // Build must change with the objects: programs of another build would be taken for ours.
@@ -14,7 +16,7 @@ func TestBuildIsOfTheseObjects(t *testing.T) {
 	for _, object := range [][]byte{_PodBytes, _NetdevBytes, _SweepBytes} {
 		want += fmt.Sprintf("%08x", crc32.ChecksumIEEE(object))
 	}
-	if got := Build(); got != want {
+	if got := bpf.Build(); got != want {
 		t.Errorf("Build() = %s, want %s: run make generate", got, want)
 	}
 }

@@ -1,22 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package bpf
+// Package object holds the compiled objects of bpf/, and names enum values from their BTF. It is the only importer of the embedded
+// objects. What only works on what is loaded already does without it: see pkg/bpf.
+package object
 
 import "github.com/cilium/ebpf"
-
-// Program names, as pinned and as in bpf/*.bpf.c.
-const (
-	ProgFromPod      = "from_pod"
-	ProgToPod        = "to_pod"
-	ProgFromNetdev   = "from_netdev"
-	ProgFromL3Netdev = "from_l3_netdev"
-	ProgToNetdev     = "to_netdev"
-	ProgFromOverlay  = "from_overlay"
-	ProgToOverlay    = "to_overlay"
-	ProgFromHost     = "from_host"
-	ProgToLoopback   = "to_loopback"
-	ProgSweepFlows   = "sweep_flows"
-)
 
 // MapSpecs returns the definition of every map in bpf/maps.h, by name.
 func MapSpecs() (map[string]*ebpf.MapSpec, error) {
@@ -45,6 +33,3 @@ func ProgramSpecs() ([]*ebpf.CollectionSpec, error) {
 	}
 	return specs, nil
 }
-
-// Build names the embedded programs: equal objects, equal name. It is made of checksums, which are no signature.
-func Build() string { return build }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package bpf
+package object
 
 import (
 	"go/ast"
@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/margay-cni/margay/pkg/bpf"
 )
 
 // TestEnumNames compares the names with the constants that bpf2go generated from the same header: each has one, and it is the
@@ -96,17 +98,17 @@ func TestNames(t *testing.T) {
 		{"unknown reason", "drop-reason-200", DropReasonName(200)},
 		{"the count is no reason", "drop-reason-" + strconv.Itoa(int(dpDropReasonDROP_REASONS)), DropReasonName(uint8(dpDropReasonDROP_REASONS))},
 		{"hook", "from_netdev", HookName(3)},
-		{"direction", "ingress", DirectionName(uint8(Ingress))},
-		{"event type", "drop", EventTypeName(EventDrop)},
-		{"verdict", "deny", VerdictName(VerdictDeny)},
-		{"wildcard identity", "any", IdentityName(IdentityAny)},
+		{"direction", "ingress", DirectionName(uint8(bpf.Ingress))},
+		{"event type", "drop", EventTypeName(bpf.EventDrop)},
+		{"verdict", "deny", VerdictName(bpf.VerdictDeny)},
+		{"wildcard identity", "any", IdentityName(bpf.IdentityAny)},
 		{"allocated identity", "identity-17", IdentityName(17)},
-		{"policy id", "node_only", PolicyIDName(PolicyNodeOnly)},
-		{"flow action", "to_pod", FlowActionName(FlowToPod)},
-		{"flow flags", "reply,denied", strings.Join(FlowFlagNames(FlowReply|FlowDenied), ",")},
+		{"policy id", "node_only", PolicyIDName(bpf.PolicyNodeOnly)},
+		{"flow action", "to_pod", FlowActionName(bpf.FlowToPod)},
+		{"flow flags", "reply,denied", strings.Join(FlowFlagNames(bpf.FlowReply|bpf.FlowDenied), ",")},
 		{"unknown flow flag", "flow-flags-32768", strings.Join(FlowFlagNames(1<<15), ",")},
-		{"endpoint flags", "adopted,pending", strings.Join(EndpointFlagNames(EndpointAdopted|EndpointPending), ",")},
-		{"service flags", "drop_external", strings.Join(ServiceFlagNames(ServiceDropExternal), ",")},
+		{"endpoint flags", "adopted,pending", strings.Join(EndpointFlagNames(bpf.EndpointAdopted|bpf.EndpointPending), ",")},
+		{"service flags", "drop_external", strings.Join(ServiceFlagNames(bpf.ServiceDropExternal), ",")},
 		{"no flags", "", strings.Join(ServiceFlagNames(0), ",")},
 	} {
 		if tc.got != tc.want {
