@@ -40,10 +40,10 @@ static __always_inline int handle_from_host(struct __sk_buff *skb, struct pkt *p
 	case PKT_ICMP_ERROR:
 		return handle_icmp_error(skb, p);
 	case PKT_FRAGMENT:
-		ret = handle_fragment(skb, p);
+		ret = handle_fragment(skb, p, HOOK_FROM_HOST);
 		break;
 	default:
-		ret = handle_flow(skb, p);
+		ret = handle_flow(skb, p, HOOK_FROM_HOST);
 	}
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
 	return has_answer(ret) && p->frag != FRAG_LATER ? answer_host(skb, p, ret) : ret;

@@ -493,5 +493,5 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	affinity_note(nf);
 	if (!nf->known && (node_flags() & NODE_VERDICT_EVENTS))
 		emit(skb, p, EVENT_VERDICT, DROP_NONE);
-	return forward(skb, p, &nf->entry);
+	return forward(skb, p, &nf->entry, p->hook);
 }
