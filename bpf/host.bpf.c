@@ -79,7 +79,7 @@ static __always_inline int is_for_services(const struct pkt *p)
 		return f && (f->flags & FLOW_VIA_HOST);
 	if (!may_open(p))
 		return 0;
-	if (service_find(&p->key, HOOK_FROM_HOST, 0))
+	if (service_find(&p->key, HOOK_FROM_HOST, 0, 0))
 		return 1;
 	/* Nothing is translated to a loopback address. */
 	if (addr_is_loopback(&p->key.dst))

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "6268a6c965ceacc0c2fb3a48"
+const build = "5de1b24b7aa10607310a56c1"
