@@ -97,6 +97,9 @@ func (d *Datapath) open() error {
 	}
 	for _, name := range names {
 		p, err := ebpf.LoadPinnedProgram(filepath.Join(d.cfg.progDir(), name), nil)
+		if optionalPrograms[name] && errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("open program %s: %w", name, err)
 		}
