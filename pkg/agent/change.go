@@ -28,8 +28,10 @@ func compareSnapshots(before, now *state.Snapshot, at, started time.Time) change
 		before = state.NewSnapshot()
 	}
 	c := change{at: at}
-	c.services = countChanges(before.Services, now.Services, func(*state.Service) {})
-	c.slices = countChanges(before.EndpointSlices, now.EndpointSlices, func(s *state.EndpointSlice) {
+	keys, known := now.Journals.Services.Since(before.Journals.Services)
+	c.services = countChanges(before.Services, now.Services, keys, known, func(*state.Service) {})
+	keys, known = now.Journals.EndpointSlices.Since(before.Journals.EndpointSlices)
+	c.slices = countChanges(before.EndpointSlices, now.EndpointSlices, keys, known, func(s *state.EndpointSlice) {
 		if s.Triggered.After(started) {
 			c.triggers = append(c.triggers, trigger{s.Triggered, s.IPv6})
 		}
@@ -37,20 +39,36 @@ func compareSnapshots(before, now *state.Snapshot, at, started time.Time) change
 	return c
 }
 
-// countChanges counts objects that are new, gone or different, and shows the ones that are there. Sources share what did not change, mostly.
-func countChanges[T any](before, now map[state.Key]*T, see func(*T)) int {
+// countChanges counts objects that are new, gone or different, and shows the ones that are there. Where it is known, keys has those of all
+// that can be, some more than once. Sources share what did not change, mostly.
+func countChanges[T any](before, now map[state.Key]*T, keys []state.Key, known bool, see func(*T)) int {
 	n := 0
-	for key, object := range now {
-		old := before[key]
-		if old == object || (old != nil && reflect.DeepEqual(old, object)) {
-			continue
+	look := func(key state.Key) {
+		old, object := before[key], now[key]
+		if old == object || (old != nil && object != nil && reflect.DeepEqual(old, object)) {
+			return
 		}
 		n++
-		see(object)
+		if object != nil {
+			see(object)
+		}
+	}
+	if known {
+		looked := make(map[state.Key]struct{}, len(keys))
+		for _, key := range keys {
+			if _, twice := looked[key]; !twice {
+				looked[key] = struct{}{}
+				look(key)
+			}
+		}
+		return n
+	}
+	for key := range now {
+		look(key)
 	}
 	for key := range before {
 		if now[key] == nil {
-			n++
+			look(key)
 		}
 	}
 	return n

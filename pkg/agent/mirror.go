@@ -92,14 +92,20 @@ func (m *mirror[K, V]) touch(k K) {
 	}
 }
 
-// settle forgets the keys at which have is want now.
+// settle forgets the keys at which have is want now. A map keeps the room for as many keys as it ever had, and looking through it costs as
+// much: what is left moves to a new one.
 func (m *mirror[K, V]) settle(want map[K]V) {
+	if len(m.differ) == 0 {
+		return
+	}
+	left := map[K]struct{}{}
 	for k := range m.differ {
 		have, held := m.have[k]
-		if v, wanted := want[k]; held == wanted && have == v {
-			delete(m.differ, k)
+		if v, wanted := want[k]; held != wanted || have != v {
+			left[k] = struct{}{}
 		}
 	}
+	m.differ = left
 }
 
 // missing yields the entries of want that the kernel does not hold.

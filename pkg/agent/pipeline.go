@@ -144,6 +144,8 @@ type pipeline struct {
 	nodes         *node.Compiler
 	nodeResult    *node.Result
 	wantedNetwork *wantedNetwork
+	networkOf     networkInputs
+	nodesSettled  nodesApplied
 	policyResult  *policy.Result
 	serviceResult *service.Result
 	policyErr     error
@@ -151,6 +153,7 @@ type pipeline struct {
 	compiled      policyInputs
 	local         []localPod
 	merged        *state.Snapshot
+	withRecords   mergedPods
 	announceEnd   time.Time // when the first pod that waits is judged by its record; zero: none waits for a time
 	wantPolicy    policyMaps
 	wantService   serviceMaps
@@ -166,12 +169,18 @@ type pipeline struct {
 	raise        raise
 	routes       string
 	soon         bool
-	// kept are numbers that must not be forgotten while the source is incomplete.
+	// kept are numbers that must not be forgotten while the source is incomplete. What the maps hold after a round without hold, the
+	// compilers remember.
 	kept numbers
-	// saved is what numbers.json was written for; nil: it has to be written.
-	saved *stamp
-	// servicesNamed says that services.json is up to date, rulesNamed the same of rules.json.
+	// saved is what numbers.json was written for; nil: it has to be written. The others are parts of its text.
+	saved                                      *stamp
+	serviceNumbers, nodeNumbers, policyNumbers encodedNumbers
+	// servicesNamed says that services.json is up to date, rulesNamed the same of rules.json. frontendsSeen grows when a frontend comes or goes.
 	servicesNamed, rulesNamed bool
+	frontendsSeen             uint64
+	// servicePorts are the NodePorts of all services, portsOf the journal of the services that they were collected from.
+	servicePorts []portRange
+	portsOf      state.Journal[state.Key]
 
 	numbers, raiseFile, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
 	numbersErr, namesErr, nodeFileErr                              error
@@ -354,6 +363,8 @@ func (p *pipeline) applySource() {
 		p.wantNetwork(hold)
 		if hold {
 			p.keepNumbers()
+		} else {
+			p.kept = numbers{}
 		}
 	}
 	// The plugin writes this map too.
@@ -387,7 +398,7 @@ func (p *pipeline) compile() {
 	s := p.snapshot.Snapshot
 	p.local = localPods(p.records, s)
 	announced, waiting := p.announced(s)
-	s = state.MergePods(s, p.node, asPods(announced))
+	s = p.merge(s, announced, waiting)
 	if p.slices {
 		s = state.WithSelectorSlices(s)
 	}

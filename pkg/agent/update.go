@@ -38,12 +38,16 @@ func (p *pipeline) takeServices(r *service.Result, c *service.Changes) {
 		p.serviceResult, p.wantService = r, newServiceMaps(r, p.serviceCIDRs...)
 		p.forgetServices()
 		p.servicesNamed = false
+		p.frontendsSeen++
 		return
 	}
 	w, m := &p.wantService, &p.m
 	for f := range c.Frontends {
 		s, ok := r.Frontends[f]
 		k := bpf.NewFrontendKey(uint8(f.Protocol), f.Addr, f.Port)
+		if _, was := w.services[k]; was != ok {
+			p.frontendsSeen++
+		}
 		p.servicesNamed = p.servicesNamed && ok && w.services[k].Id == s.ID
 		set(m.services, w.services, k, newService(s), ok)
 	}
@@ -155,6 +159,38 @@ func (p *pipeline) forgetServices() {
 	p.m.maglev.differ, p.m.ranges.differ, p.m.addrs.differ = nil, nil, nil
 }
 
+// mergedPods is a snapshot's pods together with those of the records.
+type mergedPods struct {
+	of         policyInputs
+	pods       map[state.Key]*state.Pod
+	namespaces map[string]*state.Namespace
+	log        state.Log[state.Key]
+}
+
+// merge joins the snapshot with the pods of the records that can be judged. As long as neither the snapshot's pods nor these change, the
+// merged ones are the same, which a journal says.
+func (p *pipeline) merge(s *state.Snapshot, announced []localPod, waiting int) *state.Snapshot {
+	m := &p.withRecords
+	of := policyInputs{s, p.records, waiting}
+	if !m.of.samePods(of) {
+		merged := state.MergePods(s, p.node, asPods(announced))
+		m.of, m.pods, m.namespaces = of, nil, nil
+		if merged == s {
+			return s
+		}
+		m.pods, m.namespaces = merged.Pods, merged.Namespaces
+		m.log.Forget()
+	}
+	m.of = of // a later journal, which says more about what comes next
+	if m.pods == nil {
+		return s
+	}
+	out := *s
+	out.Pods, out.Namespaces = m.pods, m.namespaces
+	out.Journals.Pods, out.Journals.Namespaces = m.log.Journal(), state.Journal[string]{}
+	return &out
+}
+
 // policyInputs are what policies were compiled from.
 type policyInputs struct {
 	snapshot *state.Snapshot
@@ -164,10 +200,30 @@ type policyInputs struct {
 
 // same reports whether policies compiled from these inputs are good for others too: the objects are the identical ones.
 func (a policyInputs) same(b policyInputs) bool {
+	if !a.samePods(b) {
+		return false
+	}
+	s, t := a.snapshot, b.snapshot
+	return identical(s.Nodes, t.Nodes, s.Journals.Nodes, t.Journals.Nodes) &&
+		identical(s.NetworkPolicies, t.NetworkPolicies, s.Journals.NetworkPolicies, t.Journals.NetworkPolicies) &&
+		identical(s.ClusterNetworkPolicies, t.ClusterNetworkPolicies, s.Journals.ClusterNetworkPolicies, t.Journals.ClusterNetworkPolicies)
+}
+
+// samePods reports whether the pods, their records and their namespaces are the identical ones.
+func (a policyInputs) samePods(b policyInputs) bool {
 	if a.snapshot == nil || a.waiting != b.waiting || len(a.records) != len(b.records) || (len(a.records) > 0 && &a.records[0] != &b.records[0]) {
 		return false
 	}
 	s, t := a.snapshot, b.snapshot
-	return maps.Equal(s.Pods, t.Pods) && maps.Equal(s.Namespaces, t.Namespaces) && maps.Equal(s.Nodes, t.Nodes) &&
-		maps.Equal(s.NetworkPolicies, t.NetworkPolicies) && maps.Equal(s.ClusterNetworkPolicies, t.ClusterNetworkPolicies)
+	return identical(s.Pods, t.Pods, s.Journals.Pods, t.Journals.Pods) &&
+		identical(s.Namespaces, t.Namespaces, s.Journals.Namespaces, t.Journals.Namespaces)
+}
+
+// identical reports whether two snapshots have the identical objects of a kind; old and fresh are their journals.
+func identical[K comparable, T any](a, b map[K]*T, old, fresh state.Journal[K]) bool {
+	keys, known := fresh.Since(old)
+	if !known {
+		return maps.Equal(a, b)
+	}
+	return !slices.ContainsFunc(keys, func(k K) bool { return a[k] != b[k] })
 }

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "490eef8b888d9e9fd6bbaa64"
+const build = "5de1b24b7aa10607faf49def"

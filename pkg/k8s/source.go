@@ -53,6 +53,8 @@ type Source struct {
 	ctx context.Context
 	// dirty has an element when there may be something to publish.
 	dirty chan struct{}
+	// shared is what objects have in common.
+	shared state.Interner
 
 	mu              sync.Mutex
 	pods            table[state.Key, state.Pod]
@@ -68,8 +70,9 @@ type Source struct {
 	// serversErr is why the API servers' addresses are not remembered.
 	serversErr error
 
-	// servers are what is remembered. It belongs to Run.
+	// servers are what is remembered, learned is the journal of the slices that they were last looked for in. They belong to Run.
 	servers []netip.AddrPort
+	learned state.Journal[state.Key]
 }
 
 // New finds credentials and addresses; nobody is asked yet.
@@ -164,6 +167,16 @@ func (s *Source) snapshot() *state.Snapshot {
 		Nodes:                  s.nodes.share(),
 		ServiceCIDRs:           s.cidrs.share(),
 		ClusterNetworkPolicies: s.clusterPolicies.share(),
+		Journals: state.Journals{
+			Namespaces:             s.namespaces.log.Journal(),
+			Pods:                   s.pods.log.Journal(),
+			Services:               s.services.log.Journal(),
+			EndpointSlices:         s.slices.log.Journal(),
+			NetworkPolicies:        s.policies.log.Journal(),
+			Nodes:                  s.nodes.log.Journal(),
+			ServiceCIDRs:           s.cidrs.log.Journal(),
+			ClusterNetworkPolicies: s.clusterPolicies.log.Journal(),
+		},
 	}
 }
 
@@ -180,11 +193,17 @@ func (s *Source) unread() []string {
 
 // learn takes over where the API servers are, and remembers it.
 func (s *Source) learn(snapshot *state.Snapshot) {
-	servers := apiServers(snapshot.EndpointSlices)
 	s.mu.Lock()
 	failed := s.serversErr != nil
 	s.mu.Unlock()
-	if !s.client.learns || len(servers) == 0 || (slices.Equal(servers, s.servers) && !failed) {
+	changed, known := snapshot.Journals.EndpointSlices.Since(s.learned)
+	s.learned = snapshot.Journals.EndpointSlices
+	beside := func(k state.Key) bool { return k.Namespace == serviceKey.Namespace }
+	if !s.client.learns || (known && !failed && !slices.ContainsFunc(changed, beside)) {
+		return
+	}
+	servers := apiServers(snapshot.EndpointSlices)
+	if len(servers) == 0 || (slices.Equal(servers, s.servers) && !failed) {
 		return
 	}
 	s.servers = servers

@@ -5,6 +5,8 @@ package k8s
 import (
 	"maps"
 	"reflect"
+
+	"github.com/margay-cni/margay/pkg/state"
 )
 
 // table has the objects of one kind, trimmed. It hands its map out to snapshots, and copies it before it writes to it again.
@@ -12,6 +14,8 @@ type table[K comparable, T any] struct {
 	live map[K]*T
 	// shared says that a snapshot has the map.
 	shared bool
+	// log has the keys of what was written.
+	log state.Log[K]
 }
 
 // share returns the map as it is now; nobody may write to it any more.
@@ -48,6 +52,7 @@ func (t *table[K, T]) put(k K, v *T) bool {
 	default:
 		t.writable()[k] = v
 	}
+	t.log.Note(k)
 	return true
 }
 
@@ -63,6 +68,7 @@ func (t *table[K, T]) replace(objects map[K]*T) bool {
 	}
 	if changed {
 		t.live, t.shared = objects, false
+		t.log.Forget()
 	}
 	return changed
 }

@@ -42,6 +42,7 @@ func (in *increment) take(p *piece, changes *Changes) {
 		changes.Frontends[c.frontend] = struct{}{}
 		in.claims[c.frontend] = slices.DeleteFunc(in.claims[c.frontend], func(o claim) bool { return o.service.Name == p.service.Key })
 	}
+	delete(in.unserved, p.service.Key)
 	delete(in.checks, p.service.Key)
 	delete(in.problems, p.service.Key)
 }
@@ -80,6 +81,9 @@ func (in *increment) add(key state.Key, p *piece, out *Result, changes *Changes)
 		c.order = i
 		changes.Frontends[c.frontend] = struct{}{}
 		in.claims[c.frontend] = append(in.claims[c.frontend], c)
+	}
+	if p.unserved {
+		in.unserved[key] = struct{}{}
 	}
 	if len(p.checks) > 0 {
 		in.checks[key] = p.checks

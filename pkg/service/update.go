@@ -48,6 +48,10 @@ type increment struct {
 	zone      string
 	here      location
 	nodeAddrs []netip.Addr
+
+	// journals are those of the last snapshot. unserved are the services that lack a service id: they are tried each time.
+	journals state.Journals
+	unserved map[state.Key]struct{}
 }
 
 // Changes are the keys of a Result that an Update may have changed; every other one is as it was. Before holds what is gone and cannot be
@@ -114,60 +118,83 @@ func newIncrement(services int) *increment {
 		result: newResult(services), pieces: make(map[state.Key]*piece, services),
 		slices: map[state.Key]*state.EndpointSlice{}, byTarget: sliceIndex{}, claims: make(map[Frontend][]claim, services),
 		addrs: make(map[netip.Addr]int, services), checks: map[state.Key][]state.HealthCheck{},
-		problems: map[state.Key][]Problem{}, lost: map[Frontend][]claim{},
+		problems: map[state.Key][]Problem{}, lost: map[Frontend][]claim{}, unserved: map[state.Key]struct{}{},
 	}
 }
 
-// dirty returns the services to compile anew, sorted, and takes note of the snapshot's slices and of the node.
+// dirty returns the services to compile anew, sorted, and takes note of the snapshot's slices and of the node. Where the snapshot's journals
+// say what has changed since the last one, nothing else is looked at.
 func (in *increment) dirty(c *Compiler, s *state.Snapshot) []state.Key {
 	dirty := map[state.Key]struct{}{}
-	for _, name := range in.noteSlices(s) {
-		dirty[name] = struct{}{}
-	}
-	all, known := in.noteNode(c, s), 0
-	for key, svc := range s.Services {
-		p := in.pieces[key]
-		if p != nil {
-			known++
-		}
-		if all || p == nil || p.service != svc || p.unserved {
+	in.noteSlices(s, dirty)
+	all := in.noteNode(c, s)
+	look := func(key state.Key) {
+		svc, p := s.Services[key], in.pieces[key]
+		if svc == nil && p != nil || svc != nil && (p == nil || p.service != svc) {
 			dirty[key] = struct{}{}
 		}
 	}
-	if known < len(in.pieces) {
-		for key := range in.pieces {
-			if s.Services[key] == nil {
-				dirty[key] = struct{}{}
-			}
+	changed, known := s.Journals.Services.Since(in.journals.Services)
+	in.journals = s.Journals
+	for key := range in.unserved {
+		dirty[key] = struct{}{}
+	}
+	switch {
+	case all:
+		for key := range s.Services {
+			dirty[key] = struct{}{}
 		}
+	case known:
+		for _, key := range changed {
+			look(key)
+		}
+		return slices.SortedFunc(maps.Keys(dirty), compareKeys)
+	}
+	for key := range s.Services {
+		look(key)
+	}
+	for key := range in.pieces {
+		look(key)
 	}
 	return slices.SortedFunc(maps.Keys(dirty), compareKeys)
 }
 
-// noteSlices takes over the snapshot's slices and returns the services whose slices are not the same as before.
-func (in *increment) noteSlices(s *state.Snapshot) []state.Key {
-	var touched []state.Key
-	for key, now := range s.EndpointSlices {
-		if before := in.slices[key]; before != now {
-			touched = append(touched, now.Service)
-			if before != nil {
-				touched = append(touched, in.drop(before))
-			}
-			in.slices[key] = now
-			group := append(slices.Clip(in.byTarget[now.Service]), now)
-			slices.SortFunc(group, func(a, b *state.EndpointSlice) int { return cmp.Compare(a.Name, b.Name) })
-			in.byTarget[now.Service] = group
+// noteSlices takes over the snapshot's slices and adds the services to dirty whose slices are not the same as before.
+func (in *increment) noteSlices(s *state.Snapshot, dirty map[state.Key]struct{}) {
+	if changed, known := s.Journals.EndpointSlices.Since(in.journals.EndpointSlices); known {
+		for _, key := range changed {
+			in.noteSlice(key, s.EndpointSlices[key], dirty)
 		}
+		return
+	}
+	for key, now := range s.EndpointSlices {
+		in.noteSlice(key, now, dirty)
 	}
 	if len(in.slices) > len(s.EndpointSlices) {
-		for key, before := range in.slices {
-			if s.EndpointSlices[key] == nil {
-				touched = append(touched, in.drop(before))
-				delete(in.slices, key)
-			}
+		for key := range in.slices {
+			in.noteSlice(key, s.EndpointSlices[key], dirty)
 		}
 	}
-	return touched
+}
+
+// noteSlice takes over one slice, nil for one that is gone.
+func (in *increment) noteSlice(key state.Key, now *state.EndpointSlice, dirty map[state.Key]struct{}) {
+	before := in.slices[key]
+	if before == now {
+		return
+	}
+	if before != nil {
+		dirty[in.drop(before)] = struct{}{}
+	}
+	if now == nil {
+		delete(in.slices, key)
+		return
+	}
+	dirty[now.Service] = struct{}{}
+	in.slices[key] = now
+	group := append(slices.Clip(in.byTarget[now.Service]), now)
+	slices.SortFunc(group, func(a, b *state.EndpointSlice) int { return cmp.Compare(a.Name, b.Name) })
+	in.byTarget[now.Service] = group
 }
 
 // drop takes a slice out of its service's group and returns the service.
@@ -183,6 +210,9 @@ func (in *increment) drop(slice *state.EndpointSlice) state.Key {
 
 // noteNode takes over what the snapshot says of this node and reports whether it is something else than before.
 func (in *increment) noteNode(c *Compiler, s *state.Snapshot) bool {
+	if in.began && s.Journals.Pods.Same(in.journals.Pods) && s.Journals.Nodes.Same(in.journals.Nodes) {
+		return false
+	}
 	zone, here, addrs := c.place(s)
 	same := in.began && zone == in.zone && slices.Equal(addrs, in.nodeAddrs) &&
 		slices.Equal(here.ranges, in.here.ranges) && maps.Equal(here.addrs, in.here.addrs)

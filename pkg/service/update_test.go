@@ -16,36 +16,61 @@ import (
 	"github.com/margay-cni/margay/pkg/state"
 )
 
-// changing is a source whose snapshots share what did not change.
+// changing is a source whose snapshots share what did not change, and may have journals.
 type changing struct {
 	rand *rand.Rand
 	now  *state.Snapshot
+
+	journals         bool
+	services, slices state.Log[state.Key]
+	pods             state.Log[state.Key]
+	nodes            state.Log[string]
 }
 
-// next changes a few things.
+// next changes a few things. A snapshot of a source with journals lacks them now and then.
 func (c *changing) next() *state.Snapshot {
+	c.change()
+	for c.journals && c.rand.IntN(3) == 0 { // snapshots that nobody sees
+		c.change()
+	}
+	s := *c.now
+	if c.journals && c.rand.IntN(8) > 0 {
+		s.Journals = state.Journals{Services: c.services.Journal(), EndpointSlices: c.slices.Journal(), Pods: c.pods.Journal(), Nodes: c.nodes.Journal()}
+	}
+	return &s
+}
+
+func (c *changing) change() {
 	s := *c.now
 	s.Services, s.EndpointSlices = maps.Clone(s.Services), maps.Clone(s.EndpointSlices)
 	s.Nodes, s.Pods = maps.Clone(s.Nodes), maps.Clone(s.Pods)
 	for range 1 + c.rand.IntN(3) {
 		key := state.Key{Namespace: "default", Name: fmt.Sprintf("svc%d", c.rand.IntN(6))}
-		switch c.rand.IntN(10) {
+		switch c.rand.IntN(11) {
 		case 0:
 			delete(s.Services, key)
+			c.services.Note(key)
 		case 1, 2, 3:
 			s.Services[key] = c.service(key)
+			c.services.Note(key)
 		case 4:
-			delete(s.EndpointSlices, c.sliceKey(key))
+			slice := c.sliceKey(key)
+			delete(s.EndpointSlices, slice)
+			c.slices.Note(slice)
 		case 5:
 			zone := fmt.Sprintf("zone-%d", c.rand.IntN(2))
 			s.Nodes[thisNode] = &state.Node{Name: thisNode, Labels: map[string]string{corev1.LabelTopologyZone: zone}}
+			c.nodes.Note(thisNode)
+		case 6:
+			s.Pods[key] = &state.Pod{Key: key, Node: thisNode, IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 244, 0, byte(c.rand.IntN(10))})}}
+			c.pods.Note(key)
 		default:
 			slice := c.slice(key)
 			s.EndpointSlices[slice.Key] = slice
+			c.slices.Note(slice.Key)
 		}
 	}
 	c.now = &s
-	return c.now
 }
 
 func (c *changing) sliceKey(service state.Key) state.Key {
@@ -107,14 +132,14 @@ func snapshotOf(r *Result) *Result {
 }
 
 // TestUpdateEqualsCompile: on random sequences of changes, Update gives what Compile gives, number by number, and its Changes cover all that
-// differs from the time before. Few ids are there to give, so that they run out and come back.
+// differs from the time before, with journals and without. Few ids are there to give, so that they run out and come back.
 func TestUpdateEqualsCompile(t *testing.T) {
 	addrs := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
 	addrPorts := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
 	prefixes := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
 	opts := cmp.Options{addrs, addrPorts, prefixes, cmpopts.EquateEmpty()}
 	for seed := range uint64(60) {
-		source := &changing{rand: rand.New(rand.NewPCG(seed, 1)), now: state.NewSnapshot()}
+		source := &changing{rand: rand.New(rand.NewPCG(seed, 1)), now: state.NewSnapshot(), journals: seed%2 == 0}
 		whole, part := NewCompiler(thisNode), NewCompiler(thisNode)
 		whole.ids.max, part.ids.max = 14, 14
 		before := newResult(0)

@@ -24,6 +24,7 @@ func MergePods(s *Snapshot, node string, local []*Pod) *Snapshot {
 	out := *s
 	out.Pods = maps.Clone(s.Pods)
 	out.Namespaces = maps.Clone(s.Namespaces)
+	out.Journals.Pods, out.Journals.Namespaces = Journal[Key]{}, Journal[string]{}
 	for key, record := range byKey(local) {
 		out.Pods[key] = mergePod(s.Pods[key], record, node)
 		if out.Namespaces[key.Namespace] == nil {

@@ -47,6 +47,7 @@ func WithSelectorSlices(s *Snapshot) *Snapshot {
 		return s
 	}
 	out := *s
+	out.Journals.EndpointSlices = Journal[Key]{}
 	out.EndpointSlices = maps.Clone(s.EndpointSlices)
 	maps.Copy(out.EndpointSlices, added)
 	return &out

@@ -65,6 +65,8 @@ type Snapshot struct {
 	// KnowsAllPods says that the source knows every pod of this node, as the API server does: one that it does not name is not known yet, or
 	// is gone, and nothing can be said of its labels.
 	KnowsAllPods bool
+	// Journals tell what has changed since earlier snapshots of the same source. A source need not keep any.
+	Journals Journals
 }
 
 // NewSnapshot returns an empty snapshot whose maps may be written.

@@ -25,24 +25,51 @@ const (
 
 // lab is a datapath of its own, with a flow table of the size that the packet measurements want, over the devices of three pods.
 type lab struct {
-	bench   *bench
-	dp      *datapath.Datapath
-	fromPod *ebpf.Program
-	floor   floorPrograms
-
-	a, b, denied      place
-	aMACs, deniedMACs *added
-	aIfindex          int
-	deniedIfindex     int
-	filled            map[int]int  // family → flows in the table
-	template          [2]*bpf.Flow // by family: the entry of every filled-in flow, but for its ports
+	*labPods
+	bench    *bench
+	dp       *datapath.Datapath
+	fromPod  *ebpf.Program
+	floor    floorPrograms
+	counter  *counter     // of instructions; nil: none here
+	filled   map[int]int  // family → flows in the table
+	template [2]*bpf.Flow // by family: the entry of every filled-in flow, but for its ports
 }
 
-func newLab(ctx context.Context, b *bench) (_ *lab, err error) {
-	l := &lab{bench: b, filled: map[int]int{}}
+// labPods are what the packets of a lab come from and go to: a sends to b, and what policy allows denied is nothing.
+type labPods struct {
+	a, b, denied                      place
+	aMACs, bMACs, deniedMACs          *added
+	aIfindex, bIfindex, deniedIfindex int
+}
+
+func (n *node) labPods(ctx context.Context) (*labPods, error) {
+	p := &labPods{}
+	for _, pod := range []struct {
+		name    string
+		at      *place
+		macs    **added
+		ifindex *int
+	}{
+		{"lab-a", &p.a, &p.aMACs, &p.aIfindex}, {"lab-b", &p.b, &p.bMACs, &p.bIfindex}, {"lab-denied", &p.denied, &p.deniedMACs, &p.deniedIfindex},
+	} {
+		var err error
+		if *pod.at, *pod.macs, err = n.pod(ctx, pod.name); err != nil {
+			return nil, err
+		}
+		dev, err := net.InterfaceByName((*pod.macs).hostName)
+		if err != nil {
+			return nil, err
+		}
+		*pod.ifindex = dev.Index
+	}
+	return p, nil
+}
+
+// newLab makes a datapath, named so below the node's directory, whose flow table has so many entries: two for a flow.
+func newLab(ctx context.Context, b *bench, pods *labPods, name string, flowEntries uint32) (_ *lab, err error) {
+	l := &lab{labPods: pods, bench: b, filled: map[int]int{}}
 	cfg := datapath.Config{
-		BPFFS: filepath.Join(b.node.dir, "lab-bpf"), Run: filepath.Join(b.node.dir, "lab-run"),
-		Sizes: map[string]uint32{"flows": 1 << 19}, // two families of 100 000 flows, two entries each, and room
+		BPFFS: filepath.Join(b.node.dir, name, "bpf"), Run: filepath.Join(b.node.dir, name, "run"), Sizes: map[string]uint32{"flows": flowEntries},
 	}
 	if l.dp, err = datapath.Ensure(ctx, cfg); err != nil {
 		return nil, err
@@ -60,40 +87,26 @@ func newLab(ctx context.Context, b *bench) (_ *lab, err error) {
 	if err := spec.LoadAndAssign(&l.floor, &options); err != nil {
 		return nil, fmt.Errorf("load the floor program: %w", err)
 	}
-	return l, l.addPods(ctx)
+	return l, l.register()
 }
 
 func (l *lab) close() error {
 	return errors.Join(l.fromPod.Close(), l.floor.Close(), l.dp.Close())
 }
 
-// addPods registers a, b, and one whose policy allows it nothing, and a service in front of b.
-func (l *lab) addPods(ctx context.Context) error {
-	var err error
-	var ignored *added
-	register := func(name string, p *place, a **added, ifindex *int, egress uint32) {
-		if err != nil {
-			return
-		}
-		if *p, *a, err = l.bench.node.pod(ctx, name); err != nil {
-			return
-		}
-		var dev *net.Interface
-		if dev, err = net.InterfaceByName((*a).hostName); err != nil {
-			return
-		}
-		*ifindex = dev.Index
+// register writes the pods into the maps, and a service in front of b.
+func (l *lab) register() (err error) {
+	put := func(p place, macs *added, ifindex int, egress uint32) {
 		for _, addr := range p.addrs {
 			err = errors.Join(err, l.dp.PutEndpoint(addr, bpf.Endpoint{
-				Ifindex: uint32(dev.Index), Identity: bpf.IdentityPodUnknown, PolicyId: [2]uint32{egress, bpf.PolicyNone},
-				Mac: (*a).mac, HostMac: (*a).hostMAC,
+				Ifindex: uint32(ifindex), Identity: bpf.IdentityPodUnknown, PolicyId: [2]uint32{egress, bpf.PolicyNone},
+				Mac: macs.mac, HostMac: macs.hostMAC,
 			}))
 		}
 	}
-	var bIfindex int
-	register("lab-a", &l.a, &l.aMACs, &l.aIfindex, bpf.PolicyNone)
-	register("lab-b", &l.b, &ignored, &bIfindex, bpf.PolicyNone)
-	register("lab-denied", &l.denied, &l.deniedMACs, &l.deniedIfindex, denyAll)
+	put(l.a, l.aMACs, l.aIfindex, bpf.PolicyNone)
+	put(l.b, l.bMACs, l.bIfindex, bpf.PolicyNone)
+	put(l.denied, l.deniedMACs, l.deniedIfindex, denyAll)
 	for i, f := range families {
 		err = errors.Join(err, addService(l.dp, uint32(i+1), netip.AddrPortFrom(f.vip, 80), netip.AddrPortFrom(l.b.addr(f.v6), serverPort)))
 	}
@@ -168,6 +181,18 @@ func (l *lab) fill(family, flows int) error {
 	if err := l.dp.Maps.Flows.Lookup(key.Reverse(), &back); err != nil {
 		return fmt.Errorf("look up the flow's other direction: %w", err)
 	}
+	for l.filled[family] < flows {
+		if err := l.fillSome(family, min(flows, l.filled[family]+fillAtOnce), back); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fillAtOnce is how many flows one system call writes.
+const fillAtOnce = 50_000
+
+func (l *lab) fillSome(family, flows int, back bpf.Flow) error {
 	var keys []bpf.FlowKey
 	var values []bpf.Flow
 	for ; l.filled[family] < flows; l.filled[family]++ {
@@ -177,9 +202,6 @@ func (l *lab) fill(family, flows int) error {
 		here.Xlate = there.Xlate.Reverse()
 		keys = append(keys, there.Xlate, here.Xlate)
 		values = append(values, there, here)
-	}
-	if len(keys) == 0 {
-		return nil
 	}
 	if _, err := l.dp.Maps.Flows.BatchUpdate(keys, values, nil); err != nil {
 		return fmt.Errorf("fill the flow table: %w", err)

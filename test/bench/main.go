@@ -87,7 +87,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == peerCommand {
-		return exitCode(runPeer(args[1:], stdout), stderr)
+		return exitCode(runPeer(args[1:], os.Stdin, stdout), stderr)
 	}
 	o, err := parse(args, stderr)
 	if err != nil {
@@ -98,7 +98,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitCode(errors.New("root is needed: namespaces, devices and BPF programs are made"), stderr)
 	}
 	if o.inside == "" {
-		return exitCode(enter(ctx, args, stdout, stderr), stderr)
+		return exitCode(enter(ctx, o, args, stdout, stderr), stderr)
 	}
 	return exitCode(measure(ctx, o, stdout, slog.New(slog.NewTextHandler(stderr, nil))), stderr)
 }
@@ -115,12 +115,21 @@ func exitCode(err error, stderr io.Writer) int {
 type section struct {
 	name string
 	run  func(context.Context, *bench) error
+	// proxied has kube-proxy among what Margay is compared with.
+	proxied bool
 }
 
 var sections = []section{
-	{"packet", benchPackets},
-	{"add", benchAdd},
-	{"traffic", benchTraffic},
+	{"packet", benchPackets, false},
+	{"add", benchAdd, false},
+	{"traffic", benchTraffic, false},
+	{"nodes", benchNodes, true},
+	{"services", benchServices, true},
+	{"nodeports", benchNodePorts, true},
+	{"endpoints", benchEndpoints, true},
+	{"agent-start", benchAgentStart, false},
+	{"agent-change", benchAgentChange, false},
+	{"agent-memory", benchAgentMemory, false},
 }
 
 func sectionNames() string {
@@ -198,4 +207,10 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 		return fmt.Errorf("%d targets missed, %d figures worse than the committed ones", missed, len(b.report.regressions))
 	}
 	return nil
+}
+
+// proxied says whether one of the sections that are run has kube-proxy in it.
+func proxied(only string) bool {
+	pattern, err := regexp.Compile(only)
+	return err == nil && slices.ContainsFunc(sections, func(s section) bool { return s.proxied && pattern.MatchString(s.name) })
 }

@@ -144,14 +144,14 @@ func (n *node) pod(ctx context.Context, name string) (place, *added, error) {
 }
 
 // barePair joins two new namespaces by a veth pair, with no plugin and no program.
-func (n *node) barePair() (a, b place, err error) {
+func (n *node) barePair(number int) (a, b place, err error) {
 	ends := []*place{&a, &b}
 	for i, end := range ends {
-		if end.path, err = n.namespace(fmt.Sprintf("bare%d", i)); err != nil {
+		if end.path, err = n.namespace(fmt.Sprintf("bare%d-%d", number, i)); err != nil {
 			return a, b, err
 		}
 		end.addrs = []netip.Addr{
-			netip.AddrFrom4([4]byte{10, 99, 0, byte(i + 1)}), netip.MustParseAddr(fmt.Sprintf("fd00:99::%x", i+1)),
+			netip.AddrFrom4([4]byte{10, 99, byte(number), byte(i + 1)}), netip.MustParseAddr(fmt.Sprintf("fd00:99:0:%x::%x", number, i+1)),
 		}
 	}
 	peer, err := netns.Open(b.path)

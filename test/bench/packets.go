@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
@@ -39,18 +40,62 @@ func benchPackets(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, unix.SchedSetaffinity(0, &home)) }()
-	l, err := newLab(ctx, b)
+	pods, err := b.node.labPods(ctx)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, l.close()) }()
-
-	if err := l.note(); err != nil {
+	counter, err := newInstructionCounter()
+	if errors.Is(err, errNoCounter) {
+		b.report.note("Instructions per packet: not counted here, the CPU shows this machine no counter for them.")
+	} else if err != nil {
 		return err
+	} else {
+		defer func() { err = errors.Join(err, counter.close()) }()
 	}
-	steps := []func(int) error{l.established, l.alone, l.nat, l.deny, l.newFlow, l.newServiceFlow}
+	for _, table := range []struct {
+		name    string
+		entries uint32
+		flows   []int
+		all     bool // everything; otherwise only established flows
+	}{
+		{"lab", 1 << 19, []int{1, 1000, 100_000}, true}, // two families, two entries each, and room
+		{"large-lab", 1 << 22, []int{1_000_000}, false},
+	} {
+		if b.smoke && !table.all {
+			continue // filling it takes longer than all the rest
+		}
+		l, err := newLab(ctx, b, pods, table.name, table.entries)
+		if err != nil {
+			return err
+		}
+		l.counter = counter
+		if err := errors.Join(l.measureAll(table.flows, table.all), l.close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// measureAll measures with more and more flows in the table, and then the rest with as many as there are by then.
+func (l *lab) measureAll(flows []int, rest bool) error {
+	if rest {
+		if err := l.note(); err != nil {
+			return err
+		}
+	}
 	for i := range families {
-		for _, step := range steps {
+		for _, n := range flows {
+			if err := l.established(i, n); err != nil {
+				return err
+			}
+		}
+		if err := errors.Join(l.unchanged(i), l.alone(i, flows[len(flows)-1])); err != nil {
+			return err
+		}
+		if !rest {
+			continue
+		}
+		for _, step := range []func(int) error{l.nat, l.deny, l.newFlow, l.newServiceFlow} {
 			if err := step(i); err != nil {
 				return err
 			}
@@ -61,50 +106,53 @@ func benchPackets(ctx context.Context, b *bench) (err error) {
 
 // pinThread keeps the calling thread on the machine's last CPU and returns where it was allowed to run before.
 func pinThread() (home unix.CPUSet, err error) {
-	if err := unix.SchedGetaffinity(0, &home); err != nil {
-		return home, fmt.Errorf("read CPU affinity: %w", err)
+	home, last, err := lastCPU()
+	if err != nil {
+		return home, err
 	}
-	var last unix.CPUSet
+	return home, unix.SchedSetaffinity(0, &last)
+}
+
+// lastCPU returns where the calling thread may run, and the last CPU of these alone: where everything is measured.
+func lastCPU() (home, last unix.CPUSet, err error) {
+	if err := unix.SchedGetaffinity(0, &home); err != nil {
+		return home, last, fmt.Errorf("read CPU affinity: %w", err)
+	}
 	for cpu := range len(home) * 64 {
 		if home.IsSet(cpu) {
 			last.Zero()
 			last.Set(cpu)
 		}
 	}
-	return home, unix.SchedSetaffinity(0, &last)
+	return home, last, nil
 }
 
-// established measures a packet of a known flow, picked at random, with more and more flows in the table.
-func (l *lab) established(family int) error {
+// established measures packets of known flows, picked at random out of so many.
+func (l *lab) established(family, flows int) error {
 	f := families[family]
-	for _, flows := range []int{1, 1000, 100_000} {
-		if err := l.fill(family, flows); err != nil {
-			return err
-		}
-		name := fmt.Sprintf("established, %s, %d flows", f.name, flows)
-		if flows == 1 {
-			name = fmt.Sprintf("established, %s, 1 flow", f.name)
-		}
-		m := l.measure(fmt.Sprintf("packet.established.%s.%d", idOf(f.name), flows), name)
-		m.Target = establishedTarget
-		err := l.alternate(m, maxRepeat, actRedirect, func() ([]byte, error) { return l.packet(family, rand.IntN(flows), false) })
-		if err != nil {
-			return err
-		}
+	if err := l.fill(family, flows); err != nil {
+		return err
 	}
-	return l.unchanged(family)
+	name := fmt.Sprintf("established, %s, %d flows", f.name, flows)
+	if flows == 1 {
+		name = fmt.Sprintf("established, %s, 1 flow", f.name)
+	}
+	m := l.measure(fmt.Sprintf("packet.established.%s.%d", idOf(f.name), flows), name)
+	m.Target = establishedTarget
+	return l.alternate(m, maxRepeat, actRedirect, func() ([]byte, error) { return l.packet(family, rand.IntN(flows), false) })
 }
 
 // alone measures one packet of a flow that was not seen for long: entry and program are in no near cache.
-func (l *lab) alone(family int) error {
+func (l *lab) alone(family, flows int) error {
 	f := families[family]
-	m := l.measure("packet.alone."+idOf(f.name), fmt.Sprintf("established, %s, one packet alone, of 100000 flows", f.name))
+	id := fmt.Sprintf("packet.alone.%s.%d", idOf(f.name), flows)
+	m := l.measure(id, fmt.Sprintf("established, %s, one packet alone, of %d flows", f.name, flows))
 	return l.alternatePackets(m, 1, actRedirect, l.aIfindex, func() (packet, floor []byte, err error) {
 		// Two flows: the second program to meet a flow would find its entry in the cache.
-		if packet, err = l.packet(family, rand.IntN(100_000), false); err != nil {
+		if packet, err = l.packet(family, rand.IntN(flows), false); err != nil {
 			return nil, nil, err
 		}
-		floor, err = l.packet(family, rand.IntN(100_000), false)
+		floor, err = l.packet(family, rand.IntN(flows), false)
 		return packet, floor, err
 	})
 }
@@ -188,53 +236,74 @@ func (l *lab) alternate(m *measurement, repeat uint32, verdict int, next func() 
 	})
 }
 
-// alternatePackets measures from_pod on one packet, the floor program on another, in turns; each round yields one value for each.
+// alternatePackets measures from_pod on one packet, the floor program on another, in turns; each round yields one value for each. Where
+// the CPU counts instructions, those of long batches are measured as well.
 func (l *lab) alternatePackets(m *measurement, repeat uint32, verdict, ifindex int, next func() (packet, floor []byte, err error)) error {
-	batches := l.bench.rounds(200, 5)
-	for range l.bench.rounds(11, 1) {
-		var ours, floors []float64
-		for range batches {
+	instructions := *m
+	instructions.ID, instructions.Name, instructions.Unit, instructions.Target = m.ID+".instructions", m.Name+", instructions", "", 0
+	for range l.bench.choose(25, 11, 1) {
+		var ours, floors, ourCounts, floorCounts []float64
+		for range l.bench.rounds(200, 5) {
 			packet, floor, err := next()
 			if err != nil {
 				return err
 			}
-			got, ns, err := testRun(l.fromPod, packet, ifindex, repeat)
+			ns, count, err := l.batch(l.fromPod, packet, ifindex, repeat, verdict)
 			if err != nil {
-				return err
+				return fmt.Errorf("%s: %w", m.Name, err)
 			}
-			if got != verdict {
-				return fmt.Errorf("%s: verdict %d, want %d: something else was measured", m.Name, got, verdict)
+			ours, ourCounts = append(ours, ns), append(ourCounts, count)
+			if ns, count, err = l.batch(l.floor.FloorProgram, floor, ifindex, repeat, actOK); err != nil {
+				return fmt.Errorf("%s: floor program: %w", m.Name, err)
 			}
-			ours = append(ours, ns)
-			got, ns, err = testRun(l.floor.FloorProgram, floor, ifindex, repeat)
-			if err != nil {
-				return err
-			}
-			if got != actOK {
-				return fmt.Errorf("%s: the floor program did not find its flow", m.Name)
-			}
-			floors = append(floors, ns)
+			floors, floorCounts = append(floors, ns), append(floorCounts, count)
 		}
 		m.add(middleMean(ours), middleMean(floors))
+		instructions.add(middleMean(ourCounts), middleMean(floorCounts))
 	}
 	l.bench.report.add(m)
+	if l.counter != nil && repeat == maxRepeat {
+		l.bench.report.add(&instructions)
+	}
 	return nil
+}
+
+// batch sends a packet through a program repeat times and returns the nanoseconds, and where they are counted the instructions, of one
+// time. Another verdict than the last one's is an error: something else was measured.
+func (l *lab) batch(prog *ebpf.Program, packet []byte, ifindex int, repeat uint32, verdict int) (ns, instructions float64, err error) {
+	instructions, err = l.counter.count(func() error {
+		got, mean, err := testRun(prog, packet, ifindex, repeat)
+		if err == nil && got != verdict {
+			err = fmt.Errorf("verdict %d, want %d", got, verdict)
+		}
+		ns = mean
+		return err
+	})
+	return ns, instructions / float64(repeat), err
 }
 
 // note says what an empty program costs: the test run's own part of every figure.
 func (l *lab) note() error {
+	if err := l.fill(0, 1); err != nil {
+		return err
+	}
 	packet, err := l.packet(0, 0, false)
 	if err != nil {
 		return err
 	}
-	var all []float64
+	var all, counts []float64
 	for range l.bench.rounds(1000, 5) {
-		_, ns, err := testRun(l.floor.EmptyProgram, packet, l.aIfindex, maxRepeat)
+		ns, count, err := l.batch(l.floor.EmptyProgram, packet, l.aIfindex, maxRepeat, actOK)
 		if err != nil {
 			return err
 		}
-		all = append(all, ns)
+		all, counts = append(all, ns), append(counts, count)
 	}
-	l.bench.report.note("An empty program takes %.0f ns in the same test runs: that much of every packet figure is the test run itself.", middleMean(all))
+	also := ""
+	if l.counter != nil {
+		also = fmt.Sprintf(" and %.0f instructions", middleMean(counts))
+	}
+	l.bench.report.note("An empty program takes %.0f ns%s in the same test runs: that much of every packet figure is the test run itself.",
+		middleMean(all), also)
 	return nil
 }

@@ -4,12 +4,15 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"syscall"
 	"time"
 	"unsafe"
@@ -17,89 +20,132 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peerCommand makes this binary one end of the traffic: a process of its own, pinned to one CPU, with blocking system calls on one thread.
-// Go's own network poller would add more to a transaction than what is measured.
+// peerCommand makes this binary one end of the traffic: a process of its own, pinned to one CPU, with blocking system calls. Go's own
+// network poller would add more to a transaction than what is measured.
 const peerCommand = "peer"
 
-// peer modes.
+// What a client does, and a server.
 const (
-	modeServe      = "serve"  // echo every byte of every connection
-	modeSink       = "sink"   // read everything
-	modeRequests   = "rr"     // one byte there and back, again and again
-	modeConnects   = "crr"    // the same with a new connection each
-	modeThroughput = "stream" // write
+	modeRequests   = "rr"      // one byte there and back, again and again
+	modeConnects   = "crr"     // the same with a new connection each
+	modeThroughput = "stream"  // write
+	modeStreams    = "streams" // the same on several connections
+	modeDatagrams  = "udp"     // datagrams, as many as the server takes
+
+	modeServe = "serve" // echo every byte of every connection, one connection after the other
+	modeSink  = "sink"  // read everything, of all connections
+	modeCount = "count" // answer the last datagram of every window
 )
+
+// streams is how many connections modeStreams has.
+const streams = 8
+
+// order is what a client is told to do. It reads them from standard input, one after the other, and prints an outcome for each: a process
+// of its own for every burst would measure its start as well, and cold caches.
+type order struct {
+	Mode string         `json:"mode"`
+	To   netip.AddrPort `json:"to"`
+	For  time.Duration  `json:"for"` // nanoseconds
+}
 
 // outcome is what a client prints.
 type outcome struct {
-	PerSecond float64 `json:"perSecond"` // transactions, or bits
+	PerSecond float64 `json:"perSecond"` // transactions, bits, or datagrams
 	P50       float64 `json:"p50"`       // microseconds of a transaction
 	P99       float64 `json:"p99"`
+	Count     float64 `json:"count"` // how many in all, warm-up included
+	CPU       float64 `json:"cpu"`   // nanoseconds that the client took for them
+	Error     string  `json:"error,omitempty"`
 }
 
 // warmUp is the part of a client's time that does not count.
 const warmUp = 5 // percent
 
-func runPeer(args []string, stdout io.Writer) error {
-	var mode, address string
-	var duration time.Duration
+// serving is the value of a flag that may be repeated: MODE=ADDRESS:PORT.
+type serving []order
+
+func (s *serving) String() string { return fmt.Sprint(*s) }
+
+func (s *serving) Set(text string) error {
+	mode, address, _ := strings.Cut(text, "=")
+	to, err := netip.ParseAddrPort(address)
+	*s = append(*s, order{Mode: mode, To: to})
+	return err
+}
+
+func runPeer(args []string, stdin io.Reader, stdout io.Writer) error {
+	var servers serving
 	flags := flag.NewFlagSet(peerCommand, flag.ContinueOnError)
-	flags.StringVar(&mode, "mode", "", "what to do")
-	flags.StringVar(&address, "address", "", "where to listen or connect")
-	flags.DurationVar(&duration, "for", time.Second, "how long a client runs")
+	flags.Var(&servers, "serve", "`MODE=ADDRESS:PORT` to serve; without it orders for a client are read")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	to, err := netip.ParseAddrPort(address)
-	if err != nil {
+	debug.SetGCPercent(-1)
+	runtime.GOMAXPROCS(4 * streams) // a thread in a system call that Go does not know of keeps its processor
+	if len(servers) > 0 {
+		return serveAll(servers, stdout)
+	}
+	return takeOrders(stdin, stdout)
+}
+
+// takeOrders is a client's life.
+func takeOrders(stdin io.Reader, stdout io.Writer) error {
+	if err := settle(); err != nil {
 		return err
 	}
-	debug.SetGCPercent(-1)
+	in, out := json.NewDecoder(stdin), json.NewEncoder(stdout)
+	for {
+		var o order
+		if err := in.Decode(&o); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		before, err := cpuTime(0)
+		if err != nil {
+			return err
+		}
+		got, err := client(o)
+		if err != nil {
+			got = outcome{Error: err.Error()}
+		}
+		after, err := cpuTime(0)
+		if err != nil {
+			return err
+		}
+		got.CPU = after - before
+		runtime.GC() // not while somebody measures
+		if err := out.Encode(got); err != nil {
+			return err
+		}
+	}
+}
+
+// settle keeps the calling thread, with its goroutine, on the machine's last CPU, ahead of whatever else the machine is doing. Every thread
+// that carries traffic does it, and no other: the runtime's own ones, of two processes, would interrupt one transaction in a hundred.
+func settle() error {
 	runtime.LockOSThread()
 	if _, err := pinThread(); err != nil {
 		return err
 	}
-	// Ahead of whatever else the machine is doing.
 	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, -20); err != nil {
-		return fmt.Errorf("raise priority: %w", err)
+		return fmt.Errorf("raise the priority: %w", err)
 	}
-	if mode == modeServe || mode == modeSink {
-		return serve(to, mode == modeServe, stdout)
-	}
-	result, err := client(mode, to, duration)
-	if err != nil {
-		return err
-	}
-	return json.NewEncoder(stdout).Encode(result)
+	return nil
 }
 
-func client(mode string, to netip.AddrPort, duration time.Duration) (outcome, error) {
-	switch mode {
-	case modeRequests:
-		fd, err := dial(to)
-		if err != nil {
-			return outcome{}, err
-		}
-		return transactions(duration, func(buf []byte) error { return ask(fd, buf) })
-	case modeConnects:
-		return transactions(duration, func(buf []byte) error {
-			fd, err := dial(to)
-			if err != nil {
-				return err
-			}
-			if err := ask(fd, buf); err != nil {
-				return err
-			}
-			return unix.Close(fd)
-		})
-	case modeThroughput:
-		fd, err := dial(to)
-		if err != nil {
-			return outcome{}, err
-		}
-		return stream(fd, duration)
+// cpuTime returns the nanoseconds of CPU that a process has used, all its threads together, 0 being the caller. Most of what the kernel does
+// for packets is done in a sender's system call and is in it.
+func cpuTime(process int) (float64, error) {
+	clock := int32(unix.CLOCK_PROCESS_CPUTIME_ID)
+	if process != 0 {
+		clock = int32(^process)<<3 | 2 // as clock_getcpuclockid does
 	}
-	return outcome{}, fmt.Errorf("no mode %q", mode)
+	var t unix.Timespec
+	if err := unix.ClockGettime(clock, &t); err != nil {
+		return 0, fmt.Errorf("read the CPU time of process %d: %w", process, err)
+	}
+	return float64(t.Nano()), nil
 }
 
 // sockaddr returns the kernel's form of an address, and its family.
@@ -110,16 +156,20 @@ func sockaddr(a netip.AddrPort) (unix.Sockaddr, int) {
 	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}, unix.AF_INET6
 }
 
-func dial(to netip.AddrPort) (fd int, err error) {
+// dial connects a socket of a type.
+func dial(to netip.AddrPort, socket int) (fd int, err error) {
 	sa, family := sockaddr(to)
-	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+	if fd, err = unix.Socket(family, socket|unix.SOCK_CLOEXEC, 0); err != nil {
 		return -1, fmt.Errorf("open socket: %w", err)
 	}
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
-		return -1, fmt.Errorf("set TCP_NODELAY: %w", err)
+	if socket == unix.SOCK_STREAM {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	}
-	if err := unix.Connect(fd, sa); err != nil {
-		return -1, fmt.Errorf("connect to %s: %w", to, err)
+	if err == nil {
+		err = unix.Connect(fd, sa)
+	}
+	if err != nil {
+		return -1, errors.Join(fmt.Errorf("connect to %s: %w", to, err), unix.Close(fd))
 	}
 	return fd, nil
 }
@@ -135,106 +185,7 @@ func raw(call uintptr, fd int, buf []byte) (int, error) {
 			return int(n), nil
 		}
 		if errno != unix.EINTR {
-			return 0, errno
-		}
-	}
-}
-
-// ask sends one byte and waits for one.
-func ask(fd int, buf []byte) error {
-	if _, err := writeRaw(fd, buf[:1]); err != nil {
-		return fmt.Errorf("send: %w", err)
-	}
-	n, err := readRaw(fd, buf)
-	if err == nil && n == 0 {
-		err = io.ErrUnexpectedEOF
-	}
-	if err != nil {
-		return fmt.Errorf("receive: %w", err)
-	}
-	return nil
-}
-
-func transactions(duration time.Duration, do func([]byte) error) (outcome, error) {
-	buf := make([]byte, 64)
-	took := make([]float64, 0, 1<<20)
-	start := time.Now()
-	counted := start.Add(duration * warmUp / 100)
-	for now := start; now.Sub(start) < duration; {
-		if err := do(buf); err != nil {
-			return outcome{}, err
-		}
-		end := time.Now()
-		if now.After(counted) {
-			took = append(took, float64(end.Sub(now).Nanoseconds())/1000)
-		}
-		now = end
-	}
-	sum := 0.0
-	for _, t := range took {
-		sum += t
-	}
-	return outcome{PerSecond: float64(len(took)) / sum * 1e6, P50: percentile(took, 50), P99: percentile(took, 99)}, nil
-}
-
-func stream(fd int, duration time.Duration) (outcome, error) {
-	buf := make([]byte, 64<<10)
-	start := time.Now()
-	counted, sent := start.Add(duration*warmUp/100), 0
-	var begun time.Time
-	for {
-		n, err := writeRaw(fd, buf)
-		if err != nil {
-			return outcome{}, fmt.Errorf("send: %w", err)
-		}
-		now := time.Now()
-		if begun.IsZero() {
-			if now.After(counted) {
-				begun = now
-			}
-			continue
-		}
-		sent += n
-		if now.Sub(start) >= duration {
-			return outcome{PerSecond: float64(sent) * 8 / now.Sub(begun).Seconds()}, nil
-		}
-	}
-}
-
-// serve takes one connection after the other until the process is ended.
-func serve(at netip.AddrPort, echo bool, stdout io.Writer) error {
-	sa, family := sockaddr(at)
-	listener, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open socket: %w", err)
-	}
-	if err := unix.Bind(listener, sa); err != nil {
-		return fmt.Errorf("bind to %s: %w", at, err)
-	}
-	if err := unix.Listen(listener, 128); err != nil {
-		return fmt.Errorf("listen on %s: %w", at, err)
-	}
-	fmt.Fprintln(stdout, "ready")
-	buf := make([]byte, 256<<10)
-	for {
-		fd, _, err := unix.Accept(listener)
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
-		}
-		if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
-			return fmt.Errorf("set TCP_NODELAY: %w", err)
-		}
-		for {
-			n, err := readRaw(fd, buf)
-			if err == nil && n > 0 && echo {
-				_, err = writeRaw(fd, buf[:n])
-			}
-			if err != nil || n == 0 {
-				break // the client has gone
-			}
-		}
-		if err := unix.Close(fd); err != nil {
-			return err
+			return 0, os.NewSyscallError("read or write", errno)
 		}
 	}
 }

@@ -47,7 +47,7 @@ type regression struct {
 // What two runs of the same programs may differ by: the medians' own uncertainty comes on top, see allowance.
 const (
 	betweenRuns = 0.05
-	// A figure of few rounds says nothing of its spread.
+	// A figure of few rounds says nothing of its spread, nor does one of a file without quartiles.
 	unknownSpread = 0.25
 	fewRounds     = 5
 )
@@ -76,7 +76,7 @@ func allowance(was, is *result) float64 {
 		return (r.Quartiles[1] - r.Quartiles[0]) / value
 	}
 	allowed := betweenRuns + (share(was)+share(is))/2
-	if was.Rounds < fewRounds || is.Rounds < fewRounds {
+	if was.Rounds < fewRounds || is.Rounds < fewRounds || was.Quartiles == [2]float64{} {
 		allowed = max(allowed, unknownSpread)
 	}
 	return allowed
@@ -112,10 +112,10 @@ func (r *regression) change() string { return fmt.Sprintf("%+.0f %%", 100*(r.is/
 func (r *regression) allows() string { return fmt.Sprintf("%.0f %%", 100*r.allowed) }
 
 func regressionTable(regressions []regression) table {
-	t := table{title: "Worse than the committed results", head: []string{"", "compared", "was", "is", "change", "allowed"}}
+	t := table{title: "Worse than the committed results", head: []string{"", "reference", "compared", "was", "is", "change", "allowed"}}
 	for _, r := range regressions {
 		t.rows = append(t.rows, []string{
-			r.Section + ": " + r.Name, r.what, fmt.Sprintf("%.3g", r.was), fmt.Sprintf("%.3g", r.is), r.change(), r.allows(),
+			r.Section + ": " + r.Name, r.Reference, r.what, fmt.Sprintf("%.3g", r.was), fmt.Sprintf("%.3g", r.is), r.change(), r.allows(),
 		})
 	}
 	return t

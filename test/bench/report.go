@@ -3,12 +3,14 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -103,7 +105,8 @@ func (r *report) targets() string {
 	return fmt.Sprintf("%d of %d figures with a target are within it.", with-len(r.missed()), with)
 }
 
-// bySection returns the results grouped by section, in the order in which the sections came.
+// bySection returns the results grouped by section, in the order in which the sections came, and in them the same figure beside its
+// references together.
 func bySection(results []result) [][]result {
 	var groups [][]result
 	index := map[string]int{}
@@ -116,6 +119,15 @@ func bySection(results []result) [][]result {
 		}
 		groups[i] = append(groups[i], res)
 	}
+	for _, group := range groups {
+		first := map[string]int{}
+		for i, res := range group {
+			if _, known := first[res.Name]; !known {
+				first[res.Name] = i
+			}
+		}
+		slices.SortStableFunc(group, func(a, b result) int { return cmp.Compare(first[a.Name], first[b.Name]) })
+	}
 	return groups
 }
 
@@ -127,12 +139,20 @@ func resultTable(group []result) table {
 	return t
 }
 
-// attention returns the tables that come first: what is worse than before.
-func (r *report) attention() []table {
-	if len(r.regressions) == 0 {
-		return nil
+// attention returns the tables that come first: what is worse than before, and what misses its target.
+func (r *report) attention() (tables []table) {
+	if len(r.regressions) > 0 {
+		tables = append(tables, regressionTable(r.regressions))
 	}
-	return []table{regressionTable(r.regressions)}
+	if missed := r.missed(); len(missed) > 0 {
+		t := table{title: "Missed targets", head: []string{"", "margay", "reference", "", "ratio", "target"}}
+		for _, res := range missed {
+			row := res.row()
+			t.rows = append(t.rows, []string{res.Section + ": " + res.Name, row[2] + " " + res.Unit, row[4], row[6], row[7], row[8]})
+		}
+		tables = append(tables, t)
+	}
+	return tables
 }
 
 // print writes everything as aligned text.

@@ -56,6 +56,7 @@ func TestWrite(t *testing.T) {
 	}
 	for _, want := range []string{
 		"Run with `make bench` on ", "load average 0.10 before", "; ptp v0.", "1 of 2 figures with a target are within it.",
+		"### Missed targets\n", "| Pod to pod: TCP_RR | 9.00 1000/s | 10.0 | bare pair | 0.90 | ≥ 0.95 |\n",
 		"![Pod to pod](benchmarks/pod-to-pod.svg)",
 		"| TCP_RR | 1000/s | 9.00 | 9.00–9.00 | 10.0 | 10.0–10.0 | bare pair | 0.90 | ≥ 0.95 | no |\n",
 		"| TCP_RR | 1000/s | 9.00 | 9.00–9.00 | 8.00 | 8.00–8.00 | ptp | 1.12 |  |  |\n",
@@ -91,8 +92,17 @@ func TestMeasuredTwice(t *testing.T) {
 }
 
 func TestBySection(t *testing.T) {
-	groups := bySection([]result{{ID: "1", Section: "a"}, {ID: "2", Section: "b"}, {ID: "3", Section: "a"}})
-	if len(groups) != 2 || len(groups[0]) != 2 || groups[0][1].ID != "3" || groups[1][0].ID != "2" {
-		t.Errorf("bySection() = %+v", groups)
+	groups := bySection([]result{
+		{ID: "1", Section: "a", Name: "rr"}, {ID: "2", Section: "b"}, {ID: "3", Section: "a", Name: "crr"}, {ID: "1~ptp", Section: "a", Name: "rr"},
+	})
+	var got []string
+	for _, group := range groups {
+		got = append(got, "|")
+		for _, r := range group {
+			got = append(got, r.ID)
+		}
+	}
+	if want := []string{"|", "1", "1~ptp", "3", "|", "2"}; !slices.Equal(got, want) {
+		t.Errorf("bySection() = %v, want %v", got, want)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,19 +16,23 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	clusterbuild "github.com/margay-cni/margay/test/cluster/build"
 )
 
 // The reference plugins, and their module.
 const referenceModule = "github.com/containernetworking/plugins"
 
-var referencePlugins = []string{referenceModule + "/plugins/main/ptp", referenceModule + "/plugins/ipam/host-local"}
+var referencePlugins = []string{
+	referenceModule + "/plugins/main/ptp", referenceModule + "/plugins/ipam/host-local", referenceModule + "/plugins/meta/portmap",
+}
 
 // versionFile says, beside the binaries, which version the reference plugins have.
 const versionFile = "reference-version"
 
 // enter builds the binaries and runs this command again in new network and mount namespaces. Whatever is made there, mounts, devices,
 // pinned maps, ends with the last process in them, however it ends.
-func enter(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
+func enter(ctx context.Context, o options, args []string, stdout, stderr io.Writer) (err error) {
 	dir, err := os.MkdirTemp("", "margay-bench-")
 	if err != nil {
 		return err
@@ -35,6 +40,11 @@ func enter(ctx context.Context, args []string, stdout, stderr io.Writer) (err er
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	if err := build(ctx, dir); err != nil {
 		return err
+	}
+	if proxied(o.only) {
+		if err := linkKubeProxy(ctx, dir, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
+			return err
+		}
 	}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{"-inside", dir}, args...)...)
 	cmd.Stdout, cmd.Stderr = stdout, stderr
@@ -45,8 +55,10 @@ func enter(ctx context.Context, args []string, stdout, stderr io.Writer) (err er
 
 // build puts margay and the reference plugins into dir, all with the flags of a release.
 func build(ctx context.Context, dir string) error {
-	if err := goBuild(ctx, filepath.Join(dir, "margay"), "./plugin"); err != nil {
-		return err
+	for name, pkg := range map[string]string{"margay": "./plugin", "margay-agent": "./agent"} {
+		if err := goBuild(ctx, filepath.Join(dir, name), pkg); err != nil {
+			return err
+		}
 	}
 	version, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Version}}", referenceModule).Output()
 	if err != nil {
@@ -56,6 +68,19 @@ func build(ctx context.Context, dir string) error {
 		return err
 	}
 	return goBuild(ctx, dir+"/", referencePlugins...)
+}
+
+// linkKubeProxy puts a link to kube-proxy into dir. It is built where the test cluster has it, which takes minutes the first time.
+func linkKubeProxy(ctx context.Context, dir string, log *slog.Logger) error {
+	root, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	path, err := clusterbuild.Program(ctx, root, filepath.Join(root, "build", "cluster"), "kube-proxy", log)
+	if err != nil {
+		return err
+	}
+	return os.Symlink(path, filepath.Join(dir, "kube-proxy"))
 }
 
 func goBuild(ctx context.Context, out string, packages ...string) error {

@@ -3,141 +3,177 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
-	"net/netip"
-	"os"
-	"os/exec"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
-
-	"github.com/margay-cni/margay/pkg/netns"
 )
 
-const trafficSection = "Traffic, both ends pinned to one CPU"
+const trafficSection = "Pod to pod on one node"
 
-// Issues: what Margay must keep of a bare veth pair, and a ClusterIP of the pod behind it.
-const (
-	requestsTarget        = 0.95
-	connectsTarget        = 0.95
-	streamTarget          = 0.98
-	serviceRequestsTarget = 0.99
-	serviceConnectsTarget = 0.97
-)
-
-const (
-	echoPort = 9000
-	sinkPort = 9001
-)
-
-// course is a way that traffic takes: from a namespace to an address.
-type course struct {
-	name string
-	from string
-	to   netip.Addr
-	port uint16 // 0: that of the server
-}
-
-// contest is one comparison: the same kind of traffic on two courses in turns.
-type contest struct {
-	id, name, mode string
-	ours, theirs   course
-	target         float64
-}
-
-// benchTraffic measures real sockets: pod to pod beside a bare veth pair, and a ClusterIP beside its pod.
+// benchTraffic measures real sockets: pod to pod, beside a bare veth pair and pods of others.
 func benchTraffic(ctx context.Context, b *bench) (err error) {
-	bareA, bareB, err := b.node.barePair()
-	if err != nil {
+	t := &trafficLab{bench: b}
+	defer t.stop()
+	if err := t.prepare(ctx); err != nil {
+		return err
+	}
+	for i, f := range families {
+		if err := t.family(ctx, i); err != nil {
+			return fmt.Errorf("%s: %w", f.name, err)
+		}
+	}
+	return b.live(ctx, course{"pod → pod", t.margay.client.path, t.margay.server.addr(false), 0})
+}
+
+// trafficLab is the namespaces that traffic goes between, and the processes in them.
+type trafficLab struct {
+	bench        *bench
+	margay, bare ends
+	big          *ends  // a bare pair that takes packets as large as Margay's pods do, if those are larger than the kernel's default
+	others       []ends // pods of other CNIs
+}
+
+// ends is two places that traffic goes between.
+type ends struct {
+	name           string
+	client, server place
+	clientProcess  *peer
+	serverProcess  *peer
+}
+
+func (t *trafficLab) prepare(ctx context.Context) (err error) {
+	n := t.bench.node
+	t.bare.name = "bare veth pair"
+	if t.bare.client, t.bare.server, err = n.barePair(0); err != nil {
 		return fmt.Errorf("make the bare pair: %w", err)
 	}
-	client, _, err := b.node.pod(ctx, "client")
+	t.margay.name = "pod → pod"
+	if t.margay.client, _, err = n.pod(ctx, "client"); err != nil {
+		return err
+	}
+	if t.margay.server, _, err = n.pod(ctx, "server"); err != nil {
+		return err
+	}
+	if t.others, err = t.bench.otherPods(ctx); err != nil {
+		return err
+	}
+	all := []*ends{&t.margay, &t.bare}
+	sizes, err := packetSizes(t.margay.client.path)
 	if err != nil {
 		return err
 	}
-	server, _, err := b.node.pod(ctx, "server")
-	if err != nil {
-		return err
-	}
-	var contests []contest
-	for i, f := range families {
-		bare := course{"bare veth pair", bareA.path, bareB.addr(f.v6), 0}
-		pod := course{"pod → pod", client.path, server.addr(f.v6), 0}
-		service := course{"pod → ClusterIP", client.path, f.vip, 80}
-		err := addService(b.node.dp, uint32(i+1), netip.AddrPortFrom(f.vip, 80), netip.AddrPortFrom(server.addr(f.v6), echoPort))
-		if err != nil {
+	if sizes.big() {
+		t.big = &ends{name: "bare veth pair, BIG TCP"}
+		if t.big.client, t.big.server, err = n.barePair(1); err != nil {
+			return fmt.Errorf("make the bare pair for BIG TCP: %w", err)
+		}
+		if err := errors.Join(sizes.set(t.big.client.path), sizes.set(t.big.server.path)); err != nil {
 			return err
 		}
-		for _, p := range []place{bareB, server} {
-			for mode, port := range map[string]uint16{modeServe: echoPort, modeSink: sinkPort} {
-				stop, err := startServer(p, f.v6, mode, port)
-				if err != nil {
-					return err
-				}
-				defer stop()
-			}
+		all = append(all, t.big)
+	}
+	for i := range t.others {
+		all = append(all, &t.others[i])
+	}
+	for _, e := range all {
+		if e.serverProcess, err = startServers(e.server); err != nil {
+			return err
 		}
-		id := idOf(f.name)
-		contests = append(contests,
-			contest{"rr." + id, "TCP_RR, " + f.name, modeRequests, pod, bare, requestsTarget},
-			contest{"rr.service." + id, "TCP_RR, " + f.name + ", ClusterIP", modeRequests, service, pod, serviceRequestsTarget},
-			contest{"crr." + id, "TCP_CRR, " + f.name, modeConnects, pod, bare, connectsTarget},
-			contest{"crr.service." + id, "TCP_CRR, " + f.name + ", ClusterIP", modeConnects, service, pod, serviceConnectsTarget},
-			contest{"stream." + id, "one TCP stream, " + f.name, modeThroughput, pod, bare, streamTarget},
-		)
-	}
-	for _, c := range contests {
-		if err := b.contest(ctx, c); err != nil {
-			return fmt.Errorf("%s: %w", c.name, err)
+		if e.clientProcess, err = startPeer(e.client.path); err != nil {
+			return err
 		}
-	}
-	return b.live(ctx, course{"pod → pod", client.path, server.addr(false), 0})
-}
-
-func (b *bench) contest(ctx context.Context, c contest) error {
-	unit, scale, length := "1000/s", 1e3, 400*time.Millisecond
-	switch c.mode {
-	case modeConnects:
-		length = 150 * time.Millisecond
-	case modeThroughput:
-		unit, scale, length = "Gbit/s", 1e9, 500*time.Millisecond
-	}
-	if b.smoke {
-		length = 20 * time.Millisecond
-	}
-	section := func(id, name, unit string, target float64, higher bool) *measurement {
-		return &measurement{ID: id, Section: trafficSection, Name: name, Unit: unit, Reference: c.theirs.name, Target: target, Higher: higher}
-	}
-	rate := section(c.id, c.name, unit, c.target, true)
-	// Other work on the CPU lowers the rate of both, at random; of the transactions' own time the p50 shows it least.
-	p50 := section(c.id+".p50", c.name+", p50", "µs", math.Round(100/c.target)/100, false)
-	p99 := section(c.id+".p99", c.name+", p99", "µs", 0, false)
-	for i := range b.rounds(12, 1) {
-		var got [2]outcome
-		for turn := range 2 {
-			side := (turn + i) % 2 // who goes first changes
-			var err error
-			if got[side], err = runClient(ctx, []course{c.ours, c.theirs}[side], c.mode, length); err != nil {
-				return err
-			}
-		}
-		rate.add(got[0].PerSecond/scale, got[1].PerSecond/scale)
-		p50.add(got[0].P50, got[1].P50)
-		p99.add(got[0].P99, got[1].P99)
-	}
-	b.report.add(rate)
-	if c.mode != modeThroughput {
-		b.report.add(p50)
-		b.report.add(p99)
 	}
 	return nil
+}
+
+func (t *trafficLab) stop() {
+	all := append([]ends{t.margay, t.bare}, t.others...)
+	if t.big != nil {
+		all = append(all, *t.big)
+	}
+	for _, e := range all {
+		for _, p := range []*peer{e.clientProcess, e.serverProcess} {
+			if p != nil {
+				p.stop()
+			}
+		}
+	}
+}
+
+func (e *ends) runner(v6 bool) *runner {
+	return &runner{course: course{e.name, e.client.path, e.server.addr(v6), 0}, client: e.clientProcess, server: e.serverProcess}
+}
+
+// family measures everything in one family.
+func (t *trafficLab) family(ctx context.Context, i int) error {
+	f := families[i]
+	ours, bare := t.margay.runner(f.v6), t.bare.runner(f.v6)
+	runners := []*runner{ours, bare}
+	pairings := []pairing{{trafficSection, idOf(f.name), f.name, ours, bare, true, false}}
+	for k := range t.others {
+		if !t.others[k].server.addr(f.v6).IsValid() || !t.others[k].client.addr(f.v6).IsValid() {
+			continue // a CNI of one family
+		}
+		theirs := t.others[k].runner(f.v6)
+		runners = append(runners, theirs)
+		pairings = append(pairings, pairing{trafficSection, idOf(f.name), f.name, ours, theirs, false, true})
+	}
+	if err := t.bench.race(ctx, t.bench.choose(50, 12, 1), kinds, runners); err != nil {
+		return err
+	}
+	for _, p := range pairings {
+		if err := p.compare(t.bench.report, kinds); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// otherPods makes a client and a server pod of every other CNI. The node's own programs are at its own pods' devices only.
+func (b *bench) otherPods(ctx context.Context) ([]ends, error) {
+	var out []ends
+	add := func(name string, c *chain) error {
+		number := len(out)
+		e := ends{name: name}
+		for _, side := range []struct {
+			*place
+			name string
+		}{{&e.client, "client"}, {&e.server, "server"}} {
+			id := fmt.Sprintf("other%d-%s", number, side.name)
+			path, err := b.node.namespace(id)
+			if err != nil {
+				return err
+			}
+			_, printed, err := c.run(ctx, "ADD", id, path)
+			if err != nil {
+				return err
+			}
+			a, err := parseAdded(printed)
+			if err != nil {
+				return err
+			}
+			*side.place = place{path: path, addrs: a.addrs}
+		}
+		out = append(out, e)
+		return nil
+	}
+	if err := add(ptpName, newChain(b.node.ptp("traffic", "10.246.0.0/16", "fd00:246::/64"))); err != nil {
+		return nil, err
+	}
+	for i := range b.cnis {
+		c, err := b.cnis[i].chain()
+		if err != nil {
+			return nil, err
+		}
+		if err := add(b.cnis[i].name, c); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
 }
 
 // live notes what from_pod costs on real packets, by the kernel's own statistics.
@@ -170,53 +206,4 @@ func (b *bench) live(ctx context.Context, c course) (err error) {
 	b.report.note("On live TCP_RR packets the kernel's statistics give from_pod %d ns a packet, their own cost included.",
 		(after.Runtime-before.Runtime).Nanoseconds()/int64(packets))
 	return nil
-}
-
-// peerIn prepares this binary as one end of the traffic in a namespace, and starts it.
-func peerIn(path string, cmd *exec.Cmd) error {
-	cmd.Stderr = os.Stderr
-	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1") // its signals would interrupt system calls
-	return netns.Do(path, cmd.Start)
-}
-
-func startServer(p place, v6 bool, mode string, port uint16) (stop func(), err error) {
-	cmd := exec.Command("/proc/self/exe", peerCommand, "-mode", mode, "-address", netip.AddrPortFrom(p.addr(v6), port).String())
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := peerIn(p.path, cmd); err != nil {
-		return nil, fmt.Errorf("start server: %w", err)
-	}
-	stop = func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait() // killed: says nothing
-	}
-	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
-		stop()
-		return nil, fmt.Errorf("server in %s does not get ready: %w", p.path, err)
-	}
-	return stop, nil
-}
-
-func runClient(ctx context.Context, c course, mode string, length time.Duration) (outcome, error) {
-	port := c.port
-	if port == 0 {
-		port = map[string]uint16{modeRequests: echoPort, modeConnects: echoPort, modeThroughput: sinkPort}[mode]
-	}
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", peerCommand, "-mode", mode, "-for", length.String(),
-		"-address", netip.AddrPortFrom(c.to, port).String())
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	if err := peerIn(c.from, cmd); err != nil {
-		return outcome{}, fmt.Errorf("start client: %w", err)
-	}
-	if err := cmd.Wait(); err != nil {
-		return outcome{}, fmt.Errorf("client on %s: %w", c.name, err)
-	}
-	var o outcome
-	if err := json.Unmarshal(out.Bytes(), &o); err != nil {
-		return outcome{}, fmt.Errorf("client on %s: %w", c.name, err)
-	}
-	return o, nil
 }

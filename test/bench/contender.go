@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"path/filepath"
+)
+
+// contender is a way to give the nodes of a cluster a network: a CNI and what serves the services.
+type contender struct {
+	id, name string
+	plugins  string // directory of the CNI plugins
+	// conflist is a node's list of plugins.
+	conflist func(*clusterNode) ([]byte, error)
+	// daemons are the programs that run on a node, with their arguments; none is no service at all.
+	daemons func(*clusterNode) ([][]string, error)
+	// routes gives every node routes to the pods of the others.
+	routes bool
+}
+
+// onFirst is the contender with its daemons on the first node alone, for what needs no more.
+func (c contender) onFirst() *contender {
+	all := c.daemons
+	c.daemons = func(on *clusterNode) ([][]string, error) {
+		if on.number > 1 {
+			return nil, nil
+		}
+		return all(on)
+	}
+	return &c
+}
+
+// bare is nodes without anything, for traffic between the nodes themselves.
+var bare = &contender{id: "bare", name: "host ↔ host"}
+
+// margayCluster is Margay with flags for its agent.
+func (n *node) margayCluster(id, name string, flags ...string) *contender {
+	return &contender{
+		id: id, name: name, plugins: n.bin,
+		conflist: func(on *clusterNode) ([]byte, error) {
+			return list(map[string]any{
+				"type": "margay", "bpffs": on.bpffs(), "runDir": on.run(), "logLevel": "error",
+				"ipam": map[string]any{"type": "margay-ipam", "ranges": ranges(on.podRanges())},
+			})
+		},
+		daemons: func(on *clusterNode) ([][]string, error) {
+			argv := []string{filepath.Join(n.bin, "margay-agent"), "--node", on.name, "--kubeconfig", on.api.Kubeconfig(), "--state-dir", "",
+				"--bpffs", on.bpffs(), "--run", on.run(), "--log-level", "warn"}
+			return [][]string{append(argv, flags...)}, nil
+		},
+	}
+}
+
+// referenceCluster is ptp, host-local and portmap with static routes between the nodes, and kube-proxy.
+func (n *node) referenceCluster(mode string) *contender {
+	return &contender{
+		id: mode, name: "ptp + kube-proxy " + mode, plugins: n.bin, routes: true,
+		conflist: func(on *clusterNode) ([]byte, error) {
+			return list(
+				map[string]any{"type": "ptp", "ipMasq": false, "ipam": map[string]any{
+					"type": "host-local", "dataDir": filepath.Join(on.dir, "host-local"), "ranges": ranges(on.podRanges()),
+					"routes": []any{map[string]any{"dst": "0.0.0.0/0"}, map[string]any{"dst": "::/0"}},
+				}},
+				map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}},
+			)
+		},
+		daemons: func(on *clusterNode) ([][]string, error) {
+			config := filepath.Join(on.dir, "kube-proxy.json")
+			return [][]string{{filepath.Join(n.bin, "kube-proxy"), "--config", config}}, on.writeJSON(config, proxyConfig(on, mode))
+		},
+	}
+}
+
+// proxyConfig is kube-proxy's own default but for the mode, the pods' ranges, and the size of the connection table, which is the whole
+// machine's.
+func proxyConfig(on *clusterNode, mode string) map[string]any {
+	return map[string]any{
+		"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": mode,
+		"clientConnection": map[string]any{"kubeconfig": on.api.Kubeconfig()}, "hostnameOverride": on.name,
+		"detectLocalMode": "ClusterCIDR", "clusterCIDR": clusterPods4 + "," + clusterPods6, "oomScoreAdj": 0,
+		"conntrack": map[string]any{"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+	}
+}
+
+// list is a configuration list of plugins.
+func list(plugins ...map[string]any) ([]byte, error) {
+	return json.Marshal(map[string]any{"cniVersion": cniVersion, "name": "cluster", "plugins": plugins})
+}

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/netns"
+)
+
+const endpointsSection = "One endpoint changes: from the API server to a new connection"
+
+// endpointSizes are the numbers of services, as in the issue; the first stands for an idle agent.
+var endpointSizes = []int{1, 1000, 5000}
+
+// serviceMoving is the service whose one endpoint goes from one pod to the other.
+var serviceMoving = clusterService{name: "moving", number: 12, target: namePort}
+
+// namePort is where pods say which they are.
+const namePort = 9100
+
+// changePause is how long a cluster is left alone between two changes. kube-proxy lets a second pass from one update of its rules to the
+// next; a change that comes earlier waits for that, and measures it.
+const changePause = 1300 * time.Millisecond
+
+// mover is a cluster with the moving service.
+type mover struct {
+	*cluster
+	services int
+	at       string    // the pod that has the endpoint
+	changed  time.Time // the last time
+	took     []float64 // ms
+	memory   []float64 // MiB
+}
+
+// benchEndpoints measures how long it takes until a new connection reaches the one endpoint that has taken another's place, from the event
+// that the API server sends on, and the memory of what does it.
+func benchEndpoints(ctx context.Context, b *bench) (err error) {
+	movers := map[*contender][]*mover{}
+	// The other node's agent is not what is measured, and must not share the processors with the one that is: it is left out where pods are
+	// reached without it, and frozen before the first change.
+	margay, proxy := b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"), b.node.referenceCluster("nftables").onFirst()
+	var all []*mover
+	for _, size := range endpointSizes {
+		for _, c := range []*contender{margay, proxy} {
+			m, err := b.newMover(ctx, c, size)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, m.close()) }()
+			movers[c] = append(movers[c], m)
+			all = append(all, m)
+		}
+	}
+	for i := range b.rounds(10, 1) {
+		for k := range all {
+			at := k
+			if i%2 == 1 {
+				at = len(all) - 1 - k
+			}
+			if err := all[at].change(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	for i, size := range endpointSizes {
+		ours, theirs := movers[margay][i], movers[proxy][i]
+		add := func(id, name, unit string, ours, theirs []float64) {
+			b.report.add(&measurement{
+				ID: fmt.Sprintf("endpoint.%s.%d", id, size), Section: endpointsSection, Name: fmt.Sprintf("%s, %s", name, count(size)),
+				Unit: unit, Reference: proxy.name, Target: 1, ours: ours, theirs: theirs,
+			})
+		}
+		add("change", "change → traffic", "ms", ours.took, theirs.took)
+		add("memory", "agent's memory", "MiB", ours.memory, theirs.memory)
+	}
+	return nil
+}
+
+// count names a number of services.
+func count(services int) string {
+	if services == 1 {
+		return "1 service"
+	}
+	return fmt.Sprintf("%d services", services)
+}
+
+func (b *bench) newMover(ctx context.Context, c *contender, services int) (*mover, error) {
+	others := services - 1
+	if b.smoke {
+		others = min(others, 50)
+	}
+	k, err := b.startCluster(ctx, fmt.Sprintf("endpoints-%s-%d", c.id, services), c, others)
+	if err != nil {
+		return nil, err
+	}
+	m := &mover{cluster: k, services: services, at: "local"}
+	for _, name := range []string{"local", "remote"} {
+		if err := k.sayName(name); err != nil {
+			return nil, errors.Join(err, k.close())
+		}
+	}
+	k.put(serviceMoving.objects(m.endpoint())...)
+	if _, err := m.awaitName(ctx); err != nil {
+		return nil, errors.Join(err, k.close())
+	}
+	if err := k.ready(ctx); err != nil {
+		return nil, errors.Join(err, k.close())
+	}
+	for _, d := range k.daemons {
+		if d.on != k.nodes[0] {
+			err = errors.Join(err, d.freeze())
+		}
+	}
+	return m, err
+}
+
+// endpoint is the service's endpoint now.
+func (m *mover) endpoint() endpoint {
+	node := map[string]string{"local": "node1", "remote": "node2"}[m.at]
+	return endpoint{m.pods[m.at].addrs, node}
+}
+
+// change moves the endpoint and waits for the first connection that reaches it.
+func (m *mover) change(ctx context.Context) error {
+	time.Sleep(time.Until(m.changed.Add(changePause)))
+	m.at = map[string]string{"local": "remote", "remote": "local"}[m.at]
+	slices := serviceMoving.slices(m.endpoint())
+	start := time.Now()
+	m.put(slices...)
+	arrived, err := m.awaitName(ctx)
+	if err != nil {
+		return err
+	}
+	m.changed = time.Now()
+	m.took = append(m.took, milliseconds(arrived.Sub(start)))
+	time.Sleep(100 * time.Millisecond) // what is left to do, the next one's clock does not see
+	sum := 0.0
+	for _, d := range m.daemons {
+		if d.on != m.nodes[0] {
+			continue
+		}
+		mib, err := d.memory()
+		if err != nil {
+			return err
+		}
+		sum += mib
+	}
+	m.memory = append(m.memory, sum)
+	return nil
+}
+
+// sayName has a pod tell every client on namePort which pod it is, by the first letter.
+func (k *cluster) sayName(pod string) error {
+	for _, f := range families {
+		var listener net.Listener
+		err := netns.Do(k.pods[pod].path, func() (err error) {
+			listener, err = net.Listen("tcp", netip.AddrPortFrom(k.pods[pod].addr(f.v6), namePort).String())
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		k.fixture.Cleanup(func() { _ = listener.Close() })
+		go func() {
+			for {
+				conn, err := listener.Accept()
+				if err != nil {
+					return // closed
+				}
+				_, _ = conn.Write([]byte(pod[:1])) // a client that has gone asks again
+				_ = conn.Close()
+			}
+		}()
+	}
+	return nil
+}
+
+// awaitName asks the moving service, again and again, until the pod answers that has the endpoint, and returns when that was. The service
+// is asked over IPv4; the other family changes with it.
+func (m *mover) awaitName(ctx context.Context) (arrived time.Time, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	to := netip.AddrPortFrom(serviceMoving.addr(false), 80)
+	err = netns.Do(m.pods["client"].path, func() error {
+		for ctx.Err() == nil {
+			if name, err := askName(to); err == nil && name == m.at[0] {
+				arrived = time.Now()
+				return nil
+			}
+			time.Sleep(100 * time.Microsecond)
+		}
+		return fmt.Errorf("%s: the new endpoint does not answer: %w", m.contender.name, ctx.Err())
+	})
+	return arrived, err
+}
+
+// askName connects and reads one byte. It ends the connection by a reset, so that no port is left waiting.
+func askName(to netip.AddrPort) (name byte, err error) {
+	fd, err := dialWithin(to, 20*time.Millisecond)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, unix.Close(fd)) }()
+	if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+		return 0, err
+	}
+	var buf [1]byte
+	if n, err := unix.Read(fd, buf[:]); err != nil || n != 1 {
+		return 0, fmt.Errorf("read %d bytes: %w", n, err)
+	}
+	return buf[0], nil
+}
+
+// dialWithin connects a TCP socket on which nothing takes longer than so long.
+func dialWithin(to netip.AddrPort, limit time.Duration) (fd int, err error) {
+	sa, family := sockaddr(to)
+	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+		return -1, err
+	}
+	timeout := unix.NsecToTimeval(limit.Nanoseconds())
+	err = errors.Join(
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout), unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout),
+	)
+	if err == nil {
+		err = unix.Connect(fd, sa)
+	}
+	if err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	return fd, nil
+}

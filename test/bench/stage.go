@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+)
+
+// modeNames are what others call these kinds of traffic.
+var modeNames = map[string]string{modeRequests: "TCP_RR", modeConnects: "TCP_CRR"}
+
+// Services that are measured: their backend is on the client's node, or on the other one.
+var (
+	serviceLocal  = clusterService{name: "local", number: 10, nodePort: 30010, target: echoPort}
+	serviceRemote = clusterService{name: "remote", number: 11, nodePort: 30011, target: echoPort}
+)
+
+// startCluster makes a cluster with a client and two servers in pods, "client" and "local" on the first node and "remote" on the other, the
+// two services, and so many more. Everything answers when it returns.
+func (b *bench) startCluster(ctx context.Context, name string, c *contender, services int) (_ *cluster, err error) {
+	k, err := b.newCluster(name, c)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, k.close())
+		}
+	}()
+	if c.conflist == nil {
+		return k, k.serve(k.nodes[1].place)
+	}
+	for _, p := range []struct {
+		node int
+		name string
+	}{{0, "client"}, {0, "local"}, {1, "remote"}} {
+		pod, err := k.addPod(ctx, k.nodes[p.node], p.name)
+		if err != nil {
+			return nil, err
+		}
+		if p.name != "client" {
+			if err := k.serve(pod); err != nil {
+				return nil, err
+			}
+		}
+	}
+	k.put(otherServices(services)...)
+	k.put(serviceLocal.objects(endpoint{k.pods["local"].addrs, "node1"})...)
+	k.put(serviceRemote.objects(endpoint{k.pods["remote"].addrs, "node2"})...)
+	if err := k.start(); err != nil {
+		return nil, err
+	}
+	var courses []course
+	for _, f := range families {
+		courses = append(courses, k.between(f.v6))
+		for _, s := range []clusterService{serviceLocal, serviceRemote} {
+			courses = append(courses, k.clusterIP(s, f.v6), k.nodePort(s, f.v6))
+		}
+	}
+	return k, k.ready(ctx, courses...)
+}
+
+// serve starts a server in a place, for each family, until the cluster ends.
+func (k *cluster) serve(at place) error {
+	for _, f := range families {
+		stop, err := startServer(at, f.v6, modeServe, echoPort)
+		if err != nil {
+			return err
+		}
+		k.fixture.Cleanup(stop)
+	}
+	return nil
+}
+
+// between is the way between the nodes: from pod to pod, or of the nodes' own where there are no pods.
+func (k *cluster) between(v6 bool) course {
+	if k.contender.conflist == nil {
+		return course{k.contender.name, k.nodes[0].path, k.nodes[1].addr(v6), echoPort}
+	}
+	return course{k.contender.name, k.pods["client"].path, k.pods["remote"].addr(v6), echoPort}
+}
+
+// within is the way from pod to pod on the first node.
+func (k *cluster) within(v6 bool) course {
+	return course{k.contender.name, k.pods["client"].path, k.pods["local"].addr(v6), echoPort}
+}
+
+// clusterIP is the way from the client pod to a service.
+func (k *cluster) clusterIP(s clusterService, v6 bool) course {
+	return course{k.contender.name, k.pods["client"].path, s.addr(v6), 80}
+}
+
+// nodePort is the way from outside to a service, by the first node.
+func (k *cluster) nodePort(s clusterService, v6 bool) course {
+	return course{k.contender.name, k.client.path, k.nodes[0].addr(v6), uint16(s.nodePort)}
+}
