@@ -16,9 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/cni"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // lookAgain is how often --wait looks whether ADD can serve.
@@ -82,7 +82,7 @@ func pluginReady(ctx context.Context, o *options, network string, stdin map[stri
 	if err != nil {
 		return err
 	}
-	d, err := datapath.Open(datapath.Config{BPFFS: bpffs, Run: run, ForPods: true})
+	d, err := pins.Open(pins.Config{BPFFS: bpffs, Run: run})
 	if err != nil {
 		return fmt.Errorf("%w: the agent loads it; look at its log", err)
 	}

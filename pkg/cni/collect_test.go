@@ -21,6 +21,7 @@ import (
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
 	"github.com/margay-cni/margay/pkg/link"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // collector is a Collector of the node with a clock of its own.
@@ -32,7 +33,7 @@ type collector struct {
 
 func (n *node) collector() *collector {
 	c := &collector{n: n, clock: time.Now()}
-	c.Collector = NewCollector(datapath.Config{BPFFS: n.bpffs, Run: n.run}, slog.New(slog.NewTextHandler(n.t.Output(), nil)))
+	c.Collector = NewCollector(pins.Config{BPFFS: n.bpffs, Run: n.run}, Loader{datapath.Load, datapath.RemoveUnusedPrograms}, slog.New(slog.NewTextHandler(n.t.Output(), nil)))
 	c.Collector.plugin, c.programs, c.now = n.plugin, nil, func() time.Time { return c.clock }
 	return c
 }

@@ -33,6 +33,7 @@ import (
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // fakePlane is a datapath in memory. It forgets an attachment with its device only when told so, as a real device does it itself: see
@@ -128,7 +129,7 @@ func (f *fakePlane) Close() error { return nil }
 func (f *fakePlane) publish(namespace, name, uid string, p bpf.Pending) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.pending[datapath.PendingKeyOf(namespace, name, uid)] = p
+	f.pending[pins.PendingKeyOf(namespace, name, uid)] = p
 }
 
 // node is a machine of its own: a network namespace, a run directory, and a datapath that is the fake's unless the test replaces it.
@@ -170,14 +171,14 @@ func newNode(t *testing.T) *node {
 	})
 	n.awaitNodeAddresses()
 	n.plugin = New(n.out)
-	n.plugin.ensure = func(context.Context, datapath.Config) (dataplane, error) { return n.plane, n.plane.faults["Ensure"] }
-	n.plugin.open = func(datapath.Config) (dataplane, error) {
+	n.plugin.ensure = func(context.Context, pins.Config) (dataplane, error) { return n.plane, n.plane.faults["Ensure"] }
+	n.plugin.open = func(pins.Config) (dataplane, error) {
 		if n.plane.absent {
 			return nil, fmt.Errorf("open pins: %w", fs.ErrNotExist)
 		}
 		return n.plane, nil
 	}
-	n.plugin.check = func(datapath.Config) error { return n.plane.faults["Check"] }
+	n.plugin.check = func(pins.Config) error { return n.plane.faults["Check"] }
 	n.plugin.after = func(step string) error {
 		if n.after != nil {
 			return n.after(step)
@@ -384,7 +385,7 @@ func (n *node) state() []string {
 // pinnedEndpoints returns the keys of the real endpoints map, where there is one.
 func (n *node) pinnedEndpoints() []netip.Addr {
 	n.t.Helper()
-	d, err := datapath.Open(datapath.Config{BPFFS: n.bpffs, Run: n.run})
+	d, err := datapath.Open(pins.Config{BPFFS: n.bpffs, Run: n.run})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -18,8 +18,8 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // cniTimeout bounds a whole command: shorter than the kubelet's patience with a sandbox (2 minutes), longer than anything that works.
@@ -30,7 +30,7 @@ var versions = []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
 const about = "margay: CNI plugin that connects a pod through eBPF"
 
-// programs attaches a pod's tc programs. pkg/datapath implements this and the interfaces below; tests have a fake.
+// programs attaches a pod's tc programs. pkg/pins implements this and the interfaces below; tests have a fake.
 type programs interface {
 	AttachPod(ifindex int) error
 	DetachPod(ifindex int) error
@@ -52,9 +52,9 @@ type pendings interface {
 // hostPorts are the frontends that lead to single pods.
 type hostPorts interface {
 	FreeHostPortID(f bpf.FrontendKey, skip ...uint32) (uint32, error)
-	PutHostPort(p datapath.HostPort) error
-	DeleteHostPort(p datapath.HostPort) error
-	CheckHostPort(p datapath.HostPort) error
+	PutHostPort(p pins.HostPort) error
+	DeleteHostPort(p pins.HostPort) error
+	CheckHostPort(p pins.HostPort) error
 	LookupFrontend(f bpf.FrontendKey) (bpf.Service, bool, error)
 	HostPortBackend(id uint32) (netip.AddrPort, bool, error)
 }
@@ -71,9 +71,9 @@ type dataplane interface {
 // Plugin runs CNI commands.
 type Plugin struct {
 	stdout io.Writer
-	ensure func(context.Context, datapath.Config) (dataplane, error)
-	open   func(datapath.Config) (dataplane, error)
-	check  func(datapath.Config) error
+	ensure func(context.Context, pins.Config) (dataplane, error)
+	open   func(pins.Config) (dataplane, error)
+	check  func(pins.Config) error
 	// after is called after each step of ADD: tests inject faults here.
 	after func(step string) error
 	// speaks is the configuration's version, for error messages.
@@ -84,9 +84,9 @@ type Plugin struct {
 func New(stdout io.Writer) *Plugin {
 	return &Plugin{
 		stdout: stdout,
-		ensure: ensureDatapath,
+		ensure: ensureWith(runLoader),
 		open:   openDatapath,
-		check:  datapath.Check,
+		check:  pins.Check,
 		after:  func(string) error { return nil },
 		speaks: versions[len(versions)-1],
 	}

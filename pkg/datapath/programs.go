@@ -14,18 +14,15 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf/object"
 )
 
-var (
-	programNames = []string{
-		bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgFromL3Netdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay,
-		bpf.ProgFromHost, bpf.ProgToLoopback, bpf.ProgSweepFlows,
-	}
-	podPrograms = []string{bpf.ProgFromPod, bpf.ProgToPod}
-)
+var programNames = []string{
+	bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgFromL3Netdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay,
+	bpf.ProgFromHost, bpf.ProgToLoopback, bpf.ProgSweepFlows,
+}
 
 // ensurePrograms verifies, loads and pins this build's programs over the given maps. They appear under their directory's final name all
 // at once; what a crash left under the temporary name is removed first.
 func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
-	final, partial := cfg.progDir(), cfg.progDir()+"-partial" // bpffs has no dots in names
+	final, partial := cfg.ProgramDir(), cfg.ProgramDir()+"-partial" // bpffs has no dots in names
 	for _, dir := range []string{partial, final} {
 		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("remove left-over programs: %w", err)

@@ -45,8 +45,10 @@ func enter(ctx context.Context, args []string, stdout, stderr io.Writer) (err er
 
 // build puts margay and the reference plugins into dir, all with the flags of a release.
 func build(ctx context.Context, dir string) error {
-	if err := goBuild(ctx, filepath.Join(dir, "margay"), "./plugin"); err != nil {
-		return err
+	for name, main := range map[string]string{"margay": "./plugin", "margay-loader": "./loader"} {
+		if err := goBuild(ctx, filepath.Join(dir, name), main); err != nil {
+			return err
+		}
 	}
 	version, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Version}}", referenceModule).Output()
 	if err != nil {
