@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/cni"
@@ -98,7 +97,7 @@ func pluginReady(ctx context.Context, o *options, network string, stdin map[stri
 	if err != nil {
 		return err
 	}
-	return cni.New(io.Discard).Status(ctx, &skel.CmdArgs{StdinData: config})
+	return cni.New(io.Discard).Status(ctx, &cni.Args{StdinData: config})
 }
 
 // requireBPFFS refuses a node without a BPF file system. A container that mounted one would have it alone: its pins would be none of the

@@ -13,8 +13,6 @@ import (
 	"maps"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
-
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
 	"github.com/margay-cni/margay/pkg/link"
@@ -283,7 +281,7 @@ func (l *look) attachment(j journal) (*attachment, error) {
 	}
 	return &attachment{
 		conf: decoded, log: l.log.With(slog.String("containerID", j.ContainerID), slog.String("ifName", j.IfName)),
-		args:     &skel.CmdArgs{ContainerID: j.ContainerID, IfName: j.IfName, Netns: j.Netns, StdinData: stdin},
+		args:     &Args{ContainerID: j.ContainerID, IfName: j.IfName, Netns: j.Netns, StdinData: stdin},
 		closeLog: func() error { return nil }, pollLocks: true,
 	}, nil
 }

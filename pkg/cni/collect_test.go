@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -322,7 +321,7 @@ func TestGCUndoesInterruptedCommands(t *testing.T) {
 	conf := n.conf(familyRanges["dual stack"], withPorts(mapping("", 8080, 80, "tcp")))
 	for _, step := range ownSteps[:len(ownSteps)-1] {
 		n.kill(step, cmdArgs("c1", netnstest.New(t).Path(), conf))
-		if err := n.verb(n.plugin.GC, &skel.CmdArgs{StdinData: conf}); err != nil {
+		if err := n.verb(n.plugin.GC, &Args{StdinData: conf}); err != nil {
 			t.Fatalf("GC after an ADD killed after %q = %v, want nil", step, err)
 		}
 		if diff := cmp.Diff(before, n.state()); diff != "" {

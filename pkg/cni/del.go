@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -23,7 +22,7 @@ import (
 
 // Del disconnects a pod. It needs neither the pod's namespace nor a valid configuration nor anything that ADD wrote: what is there is
 // removed, what is missing is success, and one failure does not keep the rest from being removed.
-func (p *Plugin) Del(ctx context.Context, args *skel.CmdArgs) (err error) {
+func (p *Plugin) Del(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at == nil {
 		return err

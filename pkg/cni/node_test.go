@@ -20,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
@@ -249,11 +248,11 @@ func unset(key string) func(map[string]any) {
 
 const podArgsText = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=1f0c"
 
-func cmdArgs(id, netns string, conf []byte) *skel.CmdArgs {
-	return &skel.CmdArgs{ContainerID: id, Netns: netns, IfName: "eth0", Args: podArgsText, Path: os.Getenv("CNI_PATH"), StdinData: conf}
+func cmdArgs(id, netns string, conf []byte) *Args {
+	return &Args{ContainerID: id, Netns: netns, IfName: "eth0", Args: podArgsText, Path: os.Getenv("CNI_PATH"), StdinData: conf}
 }
 
-func (n *node) add(args *skel.CmdArgs) (*types100.Result, error) {
+func (n *node) add(args *Args) (*types100.Result, error) {
 	n.t.Helper()
 	n.out.Reset()
 	var err error
@@ -278,7 +277,7 @@ func (n *node) add(args *skel.CmdArgs) (*types100.Result, error) {
 	return r, nil
 }
 
-func (n *node) mustAdd(args *skel.CmdArgs) *types100.Result {
+func (n *node) mustAdd(args *Args) *types100.Result {
 	n.t.Helper()
 	r, err := n.add(args)
 	if err != nil {
@@ -287,15 +286,15 @@ func (n *node) mustAdd(args *skel.CmdArgs) *types100.Result {
 	return r
 }
 
-func (n *node) verb(f func(context.Context, *skel.CmdArgs) error, args *skel.CmdArgs) (err error) {
+func (n *node) verb(f func(context.Context, *Args) error, args *Args) (err error) {
 	n.ns.Do(func() { err = f(context.Background(), args) })
 	return err
 }
 
-func (n *node) del(args *skel.CmdArgs) error { return n.verb(n.plugin.Del, args) }
+func (n *node) del(args *Args) error { return n.verb(n.plugin.Del, args) }
 
 // withPrev returns args with the result as prevResult, as DEL and CHECK get it.
-func (n *node) withPrev(args *skel.CmdArgs, r *types100.Result) *skel.CmdArgs {
+func (n *node) withPrev(args *Args, r *types100.Result) *Args {
 	n.t.Helper()
 	var c map[string]any
 	if err := json.Unmarshal(args.StdinData, &c); err != nil {

@@ -13,9 +13,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -97,20 +95,11 @@ func New(stdout io.Writer) *Plugin {
 func (p *Plugin) Run(ctx context.Context) int {
 	ctx, cancel := context.WithTimeout(ctx, cniTimeout)
 	defer cancel()
-	bind := func(f func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
-		return func(args *skel.CmdArgs) error { return f(ctx, args) }
-	}
-	err := skel.PluginMainFuncsWithError(skel.CNIFuncs{
-		Add:    bind(p.Add),
-		Del:    bind(p.Del),
-		Check:  bind(p.Check),
-		GC:     bind(p.GC),
-		Status: bind(p.Status),
-	}, version.PluginSupports(versions...), about)
+	err := p.command(ctx, os.Getenv, os.Stdin)
 	if err == nil {
 		return 0
 	}
-	p.printError(err)
+	p.printError(asError(err))
 	return 1
 }
 
@@ -129,7 +118,7 @@ func (p *Plugin) printError(e *types.Error) {
 // attachment is one command's subject.
 type attachment struct {
 	conf *NetConf
-	args *skel.CmdArgs
+	args *Args
 	pod  podArgs
 	log  *slog.Logger
 	// pollLocks is for a process that outlives the command.
@@ -139,7 +128,7 @@ type attachment struct {
 }
 
 // load reads what a command was given. It judges nothing: what is invalid for ADD must not keep DEL from working.
-func (p *Plugin) load(args *skel.CmdArgs) (*attachment, error) {
+func (p *Plugin) load(args *Args) (*attachment, error) {
 	conf, err := decodeNetConf(args.StdinData)
 	if err != nil {
 		return nil, err

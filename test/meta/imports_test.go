@@ -63,6 +63,11 @@ var bans = []ban{
 		why:     "what loads programs is margay-loader's: it costs every process that links it a third of a millisecond before main, and ADD only opens what is pinned",
 	},
 	{
+		from:    []string{"plugin", "pkg/cni"},
+		imports: []string{"github.com/containernetworking/cni/pkg/skel", "github.com/containernetworking/cni/pkg/utils"},
+		why:     "they compile regular expressions before main; pkg/cni reads a command itself",
+	},
+	{
 		from:    []string{"plugin", "loader", "ipam", "pkg/cni", "ctl", "install"},
 		imports: []string{"github.com/prometheus"},
 		why:     "metrics are the agent's: what runs for a moment has nobody to scrape it",
