@@ -11,6 +11,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // Table is one map of the kernel as the pipeline uses it.
@@ -197,7 +198,7 @@ func (t serviceTable) Put(k bpf.FrontendKey, v bpf.Service) error {
 	if err := t.m.Lookup(&k, &have); err != nil {
 		return classify(err)
 	}
-	if datapath.IsHostPort(have.Id) {
+	if pins.IsHostPort(have.Id) {
 		return fmt.Errorf("%w: a hostPort has it", ErrChanged)
 	}
 	return classify(t.m.Update(&k, &v, ebpf.UpdateExist))
