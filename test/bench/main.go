@@ -51,6 +51,11 @@ func (o options) command() string {
 	if len(args) > 1 && args[0] == "-inside" {
 		args = args[2:]
 	}
+	for i, arg := range args {
+		if strings.ContainsAny(arg, " |&;()<>*?[]$'\"\\") {
+			args[i] = "'" + strings.ReplaceAll(arg, "'", `'\''`) + "'"
+		}
+	}
 	switch line := strings.Join(args, " "); line {
 	case "-write":
 		return "make bench"
