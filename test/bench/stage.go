@@ -7,9 +7,6 @@ import (
 	"errors"
 )
 
-// modeNames are what others call these kinds of traffic.
-var modeNames = map[string]string{modeRequests: "TCP_RR", modeConnects: "TCP_CRR"}
-
 // Services that are measured: their backend is on the client's node, or on the other one.
 var (
 	serviceLocal  = clusterService{name: "local", number: 10, nodePort: 30010, target: echoPort}
@@ -29,7 +26,7 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 		}
 	}()
 	if c.conflist == nil {
-		return k, k.serve(k.nodes[1].place)
+		return k, k.serve("remote", k.pods["remote"])
 	}
 	for _, p := range []struct {
 		node int
@@ -40,7 +37,7 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 			return nil, err
 		}
 		if p.name != "client" {
-			if err := k.serve(pod); err != nil {
+			if err := k.serve(p.name, pod); err != nil {
 				return nil, err
 			}
 		}
@@ -61,29 +58,55 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 	return k, k.ready(ctx, courses...)
 }
 
-// serve starts a server in a place, for each family, until the cluster ends.
-func (k *cluster) serve(at place) error {
-	for _, f := range families {
-		stop, err := startServer(at, f.v6, modeServe, echoPort)
-		if err != nil {
-			return err
-		}
-		k.fixture.Cleanup(stop)
+// serve starts a server in a place, until the cluster ends.
+func (k *cluster) serve(name string, at place) error {
+	p, err := startServers(at)
+	if err != nil {
+		return err
 	}
+	k.fixture.Cleanup(p.stop)
+	k.servers[name] = p
 	return nil
 }
 
-// between is the way between the nodes: from pod to pod, or of the nodes' own where there are no pods.
+// runner has a client and a server for a course. Courses from one place share the client.
+func (k *cluster) runner(c course, server string) (*runner, error) {
+	client := k.clients[c.from]
+	if client == nil {
+		var err error
+		if client, err = startPeer(c.from); err != nil {
+			return nil, err
+		}
+		k.fixture.Cleanup(client.stop)
+		k.clients[c.from] = client
+	}
+	return &runner{course: c, client: client, server: k.servers[server]}, nil
+}
+
+// way is where a server is, seen from the client.
+type way struct {
+	id, name string
+	service  clusterService
+	pod      func(k *cluster, v6 bool) course
+}
+
+var serviceWays = []way{
+	{"local", "same node", serviceLocal, (*cluster).within},
+	{"remote", "other node", serviceRemote, (*cluster).between},
+}
+
+// between is the way between the nodes: from pod to pod, or of the nodes' own where there are no pods. It leaves the port to the kind of
+// traffic.
 func (k *cluster) between(v6 bool) course {
 	if k.contender.conflist == nil {
-		return course{k.contender.name, k.nodes[0].path, k.nodes[1].addr(v6), echoPort}
+		return course{k.contender.name, k.nodes[0].path, k.pods["remote"].addr(v6), 0}
 	}
-	return course{k.contender.name, k.pods["client"].path, k.pods["remote"].addr(v6), echoPort}
+	return course{k.contender.name, k.pods["client"].path, k.pods["remote"].addr(v6), 0}
 }
 
 // within is the way from pod to pod on the first node.
 func (k *cluster) within(v6 bool) course {
-	return course{k.contender.name, k.pods["client"].path, k.pods["local"].addr(v6), echoPort}
+	return course{k.contender.name, k.pods["client"].path, k.pods["local"].addr(v6), 0}
 }
 
 // clusterIP is the way from the client pod to a service.
