@@ -18,22 +18,18 @@ func benchNodePorts(ctx context.Context, b *bench) (err error) {
 	tunnel := b.node.margayCluster("tunnel", "Margay, tunnel", "--routing-mode", "direct")
 	dsr := b.node.margayCluster("dsr", "Margay, DSR", "--routing-mode", "direct", "--service-return", "dsr")
 	nftables, iptables := b.node.referenceCluster("nftables"), b.node.referenceCluster("iptables")
-	clusters := map[*contender]*cluster{}
 	order := []*contender{tunnel, nftables, dsr, iptables}
-	for _, c := range order {
-		k, err := b.startCluster(ctx, "nodeports-"+c.id, c, 0)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, k.close()) }()
-		clusters[c] = k
+	clusters, err := b.startClusters(ctx, "nodeports", cast(order...)...)
+	defer func() { err = errors.Join(err, closeClusters(clusters)) }()
+	if err != nil {
+		return err
 	}
 	for _, f := range families {
 		for _, w := range serviceWays {
 			got := map[*contender]*runner{}
 			var all []*runner
 			for _, c := range order {
-				k := clusters[c]
+				k := clusters[casting{c, 0}]
 				if got[c], err = k.runner(k.nodePort(w.service, f.v6), w.id); err != nil {
 					return err
 				}

@@ -21,20 +21,17 @@ func benchNodes(ctx context.Context, b *bench) (err error) {
 	direct := b.node.margayCluster("direct", "Margay, direct", "--routing-mode", "direct")
 	overlay := b.node.margayCluster("vxlan", "Margay, VXLAN", "--routing-mode", "vxlan")
 	order := []*contender{bare, direct, reference, overlay, bareVXLAN}
-	clusters := map[*contender]*cluster{}
-	for _, c := range order {
-		k, err := b.startCluster(ctx, "nodes-"+c.id, c, 0)
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, k.close()) }()
-		clusters[c] = k
+	clusters, err := b.startClusters(ctx, "nodes", cast(order...)...)
+	defer func() { err = errors.Join(err, closeClusters(clusters)) }()
+	if err != nil {
+		return err
 	}
 	for _, f := range families {
 		got := map[*contender]*runner{}
 		var all []*runner
 		for _, c := range order {
-			if got[c], err = clusters[c].runner(clusters[c].between(f.v6), "remote"); err != nil {
+			k := clusters[casting{c, 0}]
+			if got[c], err = k.runner(k.between(f.v6), "remote"); err != nil {
 				return err
 			}
 			all = append(all, got[c])

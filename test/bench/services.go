@@ -13,39 +13,26 @@ const servicesSection = "ClusterIP"
 // Issue: what a service must keep of the pod behind it, and many services of one.
 var serviceTargets = map[string]float64{modeRequests: 0.99, modeConnects: 0.97}
 
-// serviceEntry is a contender with a number of services.
-type serviceEntry struct {
-	*contender
-	services int
-}
-
 // serviceLab is clusters with few and with many services.
 type serviceLab struct {
 	bench    *bench
 	margay   *contender
 	proxies  []*contender
-	entries  []serviceEntry
-	clusters map[serviceEntry]*cluster
+	entries  []casting
+	clusters map[casting]*cluster
 }
 
 // benchServices measures services beside the pods behind them, with more and more other services, and beside kube-proxy's.
 func benchServices(ctx context.Context, b *bench) (err error) {
 	l := &serviceLab{
-		bench: b, margay: b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"), clusters: map[serviceEntry]*cluster{},
+		bench: b, margay: b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"),
 		proxies: []*contender{b.node.referenceCluster("nftables"), b.node.referenceCluster("iptables")},
 	}
-	defer func() { err = errors.Join(err, l.close()) }()
 	l.choose()
-	for _, e := range l.entries {
-		others := e.services
-		if b.smoke {
-			others = min(others, 50)
-		}
-		k, err := b.startCluster(ctx, fmt.Sprintf("services-%s-%d", e.id, e.services), e.contender, others)
-		if err != nil {
-			return err
-		}
-		l.clusters[e] = k
+	l.clusters, err = b.startClusters(ctx, "services", l.entries...)
+	defer func() { err = errors.Join(err, closeClusters(l.clusters)) }()
+	if err != nil {
+		return err
 	}
 	for _, f := range families {
 		for _, w := range serviceWays {
@@ -61,43 +48,35 @@ func benchServices(ctx context.Context, b *bench) (err error) {
 // form. With iptables it takes minutes.
 func (l *serviceLab) choose() {
 	nftables, iptables := l.proxies[0], l.proxies[1]
-	l.entries = []serviceEntry{{l.margay, 1}, {nftables, 1000}, {l.margay, 10_000}, {iptables, 1000}, {l.margay, 1000}}
+	l.entries = []casting{{l.margay, 1}, {nftables, 1000}, {l.margay, 10_000}, {iptables, 1000}, {l.margay, 1000}}
 	if l.bench.full {
-		l.entries = append(l.entries, serviceEntry{nftables, 1}, serviceEntry{iptables, 1}, serviceEntry{nftables, 10_000})
+		l.entries = append(l.entries, casting{nftables, 1}, casting{iptables, 1}, casting{nftables, 10_000})
 	}
-}
-
-func (l *serviceLab) close() error {
-	var errs []error
-	for _, k := range l.clusters {
-		errs = append(errs, k.close())
-	}
-	return errors.Join(errs...)
 }
 
 // measure has all clusters take turns on one way.
 func (l *serviceLab) measure(ctx context.Context, family string, v6 bool, w way) error {
-	first := l.clusters[serviceEntry{l.margay, 1}]
+	first := l.clusters[casting{l.margay, 1}]
 	pod, err := first.runner(w.pod(first, v6), w.id)
 	if err != nil {
 		return err
 	}
 	pod.name = "pod → pod"
-	got, all := map[serviceEntry]*runner{}, []*runner{pod}
+	got, all := map[casting]*runner{}, []*runner{pod}
 	for _, e := range l.entries {
 		k := l.clusters[e]
 		r, err := k.runner(k.clusterIP(w.service, v6), w.id)
 		if err != nil {
 			return err
 		}
-		r.name = e.name + ", " + count(e.services)
+		r.name = e.name + ", " + count(e.others)
 		got[e], all = r, append(all, r)
 	}
 	if err := l.bench.race(ctx, l.bench.choose(30, 10, 1), clusterKinds, all); err != nil {
 		return err
 	}
 	for _, size := range []int{1, 1000, 10_000} {
-		ours := got[serviceEntry{l.margay, size}]
+		ours := got[casting{l.margay, size}]
 		c := comparison{
 			section: servicesSection, id: fmt.Sprintf("service.%s.%s.%d", w.id, idOf(family), size), targets: serviceTargets,
 			name: fmt.Sprintf("%s, %s, %s", count(size), w.name, family),
@@ -106,11 +85,11 @@ func (l *serviceLab) measure(ctx context.Context, family string, v6 bool, w way)
 			c.tails = true
 			l.bench.compare(c, ours, pod)
 		} else { // flat: many services keep of one what one keeps of its pod
-			l.bench.compare(c, ours, got[serviceEntry{l.margay, 1}])
+			l.bench.compare(c, ours, got[casting{l.margay, 1}])
 		}
 		c.targets, c.further, c.tails = everyFigure, true, true
 		for _, proxy := range l.proxies {
-			if theirs := got[serviceEntry{proxy, size}]; theirs != nil {
+			if theirs := got[casting{proxy, size}]; theirs != nil {
 				l.bench.compare(c, ours, theirs)
 			}
 		}

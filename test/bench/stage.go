@@ -5,6 +5,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"sync"
 )
 
 // Services that are measured: their backend is on the client's node, or on the other one.
@@ -12,6 +14,48 @@ var (
 	serviceLocal  = clusterService{name: "local", number: 10, nodePort: 30010, target: echoPort}
 	serviceRemote = clusterService{name: "remote", number: 11, nodePort: 30011, target: echoPort}
 )
+
+// casting is a cluster to be: a contender, and how many further services it is to have.
+type casting struct {
+	*contender
+	others int
+}
+
+// cast is contenders without further services.
+func cast(contenders ...*contender) (out []casting) {
+	for _, c := range contenders {
+		out = append(out, casting{c, 0})
+	}
+	return out
+}
+
+// startClusters makes several clusters at once, because most of it is waiting, and returns those that were made also when others failed.
+func (b *bench) startClusters(ctx context.Context, section string, wanted ...casting) (map[casting]*cluster, error) {
+	made, errs := make([]*cluster, len(wanted)), make([]error, len(wanted))
+	var wg sync.WaitGroup
+	for i, c := range wanted {
+		wg.Go(func() {
+			made[i], errs[i] = b.startCluster(ctx, fmt.Sprintf("%s-%s-%d", section, c.id, c.others), c.contender, c.others)
+		})
+	}
+	wg.Wait()
+	clusters := map[casting]*cluster{}
+	for i, c := range wanted {
+		if made[i] != nil {
+			clusters[c] = made[i]
+		}
+	}
+	return clusters, errors.Join(errs...)
+}
+
+// closeClusters ends them all.
+func closeClusters(clusters map[casting]*cluster) error {
+	var errs []error
+	for _, k := range clusters {
+		errs = append(errs, k.close())
+	}
+	return errors.Join(errs...)
+}
 
 // startCluster makes a cluster with a client and two servers in pods, "client" and "local" on the first node and "remote" on the other, the
 // two services, and so many more. Everything answers when it returns.
@@ -26,7 +70,10 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 		}
 	}()
 	if c.conflist == nil {
-		return k, k.serve("remote", k.pods["remote"])
+		if err := k.serve("remote", k.pods["remote"]); err != nil {
+			return nil, err
+		}
+		return k, nil
 	}
 	for _, p := range []struct {
 		node int
@@ -42,6 +89,9 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 			}
 		}
 	}
+	if b.smoke {
+		services = min(services, 50)
+	}
 	k.put(otherServices(services)...)
 	k.put(serviceLocal.objects(endpoint{k.pods["local"].addrs, "node1"})...)
 	k.put(serviceRemote.objects(endpoint{k.pods["remote"].addrs, "node2"})...)
@@ -55,7 +105,10 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 			courses = append(courses, k.clusterIP(s, f.v6), k.nodePort(s, f.v6))
 		}
 	}
-	return k, k.ready(ctx, courses...)
+	if err := k.ready(ctx, courses...); err != nil {
+		return nil, err
+	}
+	return k, nil
 }
 
 // serve starts a server in a place, until the cluster ends.
