@@ -40,10 +40,10 @@ static __always_inline int handle_from_host(struct __sk_buff *skb, struct pkt *p
 	case PKT_ICMP_ERROR:
 		return handle_icmp_error(skb, p);
 	case PKT_FRAGMENT:
-		ret = handle_fragment(skb, p);
+		ret = handle_fragment(skb, p, HOOK_FROM_HOST);
 		break;
 	default:
-		ret = handle_flow(skb, p);
+		ret = handle_flow(skb, p, HOOK_FROM_HOST);
 	}
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
 	return has_answer(ret) && p->frag != FRAG_LATER ? answer_host(skb, p, ret) : ret;
@@ -79,7 +79,7 @@ static __always_inline int is_for_services(const struct pkt *p)
 		return f && (f->flags & FLOW_VIA_HOST);
 	if (!may_open(p))
 		return 0;
-	if (service_find(&p->key, HOOK_FROM_HOST, 0))
+	if (service_find(&p->key, HOOK_FROM_HOST, 0, 0))
 		return 1;
 	/* Nothing is translated to a loopback address. */
 	if (addr_is_loopback(&p->key.dst))

@@ -46,9 +46,9 @@ static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt 
 	if (p->kind == PKT_ICMP_ERROR)
 		return handle_icmp_error(skb, p);
 	if (p->kind == PKT_FRAGMENT)
-		ret = handle_fragment(skb, p);
+		ret = handle_fragment(skb, p, HOOK_FROM_NETDEV);
 	else if (p->kind == PKT_FLOW && !(is_overlay(p) && (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL)))
-		ret = handle_flow(skb, p);
+		ret = handle_flow(skb, p, HOOK_FROM_NETDEV);
 	else
 		return TC_ACT_OK;
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
@@ -124,12 +124,12 @@ static __always_inline int handle_host_flow(struct __sk_buff *skb, struct pkt *p
 
 	if (!f)
 		return may_open(p) ? open_from_host(skb, p) : TC_ACT_OK;
-	if (!flow_sender_matches(skb, p, f))
+	if (!flow_sender_matches(skb, p, f, HOOK_TO_NETDEV))
 		return TC_ACT_OK;
 	if (unlikely(pkt_opens_tcp(p) || !flow_is_current(f)))
 		return connect(skb, p, f);
 	flow_note_packet(f, p);
-	return forward(skb, p, f);
+	return forward(skb, p, f, HOOK_TO_NETDEV);
 }
 
 /* The stack sends the fragments of a datagram in order; where a later one comes alone it is not held up (fragment_hold). */

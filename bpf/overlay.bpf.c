@@ -47,10 +47,10 @@ static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt
 		ret = handle_icmp_error(skb, p);
 		break;
 	case PKT_FRAGMENT:
-		ret = handle_fragment(skb, p);
+		ret = handle_fragment(skb, p, HOOK_FROM_OVERLAY);
 		break;
 	default:
-		ret = handle_flow(skb, p);
+		ret = handle_flow(skb, p, HOOK_FROM_OVERLAY);
 	}
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
 	if (has_answer(ret) && p->in_node && p->frag != FRAG_LATER)

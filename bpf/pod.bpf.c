@@ -21,10 +21,10 @@ static __always_inline int handle_from_pod(struct __sk_buff *skb, struct pkt *p)
 	case PKT_ICMP_ERROR:
 		return handle_icmp_error(skb, p);
 	case PKT_FRAGMENT:
-		ret = handle_fragment(skb, p);
+		ret = handle_fragment(skb, p, HOOK_FROM_POD);
 		break;
 	default:
-		ret = handle_flow(skb, p);
+		ret = handle_flow(skb, p, HOOK_FROM_POD);
 	}
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
 	if (!has_answer(ret) || p->frag == FRAG_LATER)
@@ -48,9 +48,9 @@ static __always_inline int handle_to_pod(struct __sk_buff *skb, struct pkt *p)
 	case PKT_ICMP_ERROR:
 		return handle_icmp_error(skb, p);
 	case PKT_FRAGMENT:
-		return handle_fragment(skb, p);
+		return handle_fragment(skb, p, HOOK_TO_POD);
 	}
-	return handle_flow(skb, p);
+	return handle_flow(skb, p, HOOK_TO_POD);
 }
 
 /* tc ingress of the pod's host-side device: everything that the pod sends. */

@@ -356,9 +356,11 @@ struct new_flow {
 	__u16 mtu[2];	   /* of the way that they go; 0: not checked */
 	__u8 action[2];
 	__u8 known;	/* the flow has entries already: its translation stays */
+	__u8 fresh;	/* the packet at hand has found no entry */
 	__u8 reply;	/* the packet at hand is an answer */
 	__u8 direction; /* enum direction: whose policy decided */
 	__u8 tcp_flags; /* of the packet at hand */
+	__u8 pad;
 	struct flow_key key; /* of entry */
 };
 

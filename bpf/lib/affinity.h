@@ -40,11 +40,11 @@ static __always_inline int affinity_find(const struct service *s, __u32 list, co
 static __always_inline void affinity_note(const struct new_flow *nf)
 {
 	struct affinity_key key = {.client = nf->fwd.src, .service_id = nf->service_id};
-	struct affinity value = {.last_used = now_seconds()};
-	struct affinity *had;
+	struct affinity value = {}, *had;
 
 	if (nf->known || !nf->affinity)
 		return;
+	value.last_used = now_seconds();
 	/* Another node translates: then this one has noted its choice in nf->backend. */
 	value.addr = nf->backend_port ? nf->backend : nf->post.dst;
 	value.port = nf->backend_port ? nf->backend_port : nf->post.dport;

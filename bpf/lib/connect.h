@@ -34,7 +34,7 @@ static __always_inline int flow_keeps_translation(const struct pkt *p, const str
 	if (f->flags & FLOW_REPLY)
 		return 1;
 	if (!(f->flags & FLOW_SERVICE))
-		return !may_become_service(p) || !service_find(&p->key, p->hook, p->vni != VNI_PODS);
+		return !may_become_service(p) || !service_find(&p->key, p->hook, p->vni != VNI_PODS, 0);
 	if (pkt_opens_tcp(p) || (p->key.proto == IPPROTO_UDP && f->service_epoch != epoch))
 		return backend_still_serves(f) && !service_is_another(p, f);
 	return 1;
@@ -48,7 +48,10 @@ static __always_inline void recall_direction(struct new_flow *nf, const struct f
 	nf->mtu[direction] = f->mtu;
 }
 
-/* A flow without entry, or whose translation has ended: the services choose. Not inlined: connect is short of stack. */
+/*
+ * A flow without entry, or whose translation has ended: the services choose. nf->dst is the pod that has the address asked for. Not inlined:
+ * connect is short of stack.
+ */
 __noinline int first_tuples(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf)
 {
 	__u32 hash = 0;
@@ -72,8 +75,8 @@ __noinline int first_tuples(struct __sk_buff *skb, const struct pkt *p, struct n
 	return ret || p->hook != HOOK_FROM_HOST ? ret : host_tuples(nf);
 }
 
-/* The two tuples: from the entry where there is one, else from the packet and the services. */
-static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf, const struct flow *f)
+/* The two tuples as the entry has them; without one, or where its translation has ended, as the packet has them, and nf->known is 0. */
+static __always_inline int recall_tuples(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf, const struct flow *f)
 {
 	const struct addr none = {};
 	__u32 epoch = f && (f->flags & FLOW_SERVICE) ? service_epoch(f->service_id) : 0;
@@ -87,6 +90,7 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	nf->affinity = 0;
 	nf->direction = EGRESS;
 	nf->known = 0;
+	nf->fresh = !f;
 	nf->reply = 0;
 	nf->tcp_flags = p->tcp_flags;
 	for (int i = 0; i < 2; i++) {
@@ -104,7 +108,7 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	if ((p->hook == HOOK_FROM_NETDEV || p->hook == HOOK_FROM_OVERLAY) && f && (f->flags & (FLOW_FROM_HOST | FLOW_REPLY)) == FLOW_FROM_HOST)
 		f = NULL;
 	if (!f || !flow_keeps_translation(p, f, epoch))
-		return first_tuples(skb, p, nf);
+		return 0;
 	nf->known = 1;
 	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_VIA_HOST | FLOW_FROM_HOST | FLOW_FORWARDED | FLOW_DSR | FLOW_MASQUERADE |
 				FLOW_TO_MAC);
@@ -129,28 +133,49 @@ static __always_inline int new_flow_tuples(struct __sk_buff *skb, const struct p
 	return p->hook == HOOK_FROM_HOST ? note_host(skb, nf) : 0;
 }
 
-/* The pod that owns the address, or ifindex 0. Returns its epoch, which is older than what it is about. */
-static __always_inline __u32 read_endpoint(const struct addr *a, struct endpoint *to)
+/*
+ * The pod that owns the address, or ifindex 0. Returns its epoch, which is older than what it is about. To know whose epoch to read first
+ * takes a lookup of its own, but for a pod behind the device that the caller guesses.
+ */
+__noinline __u32 read_endpoint(const struct addr *a, struct endpoint *to, __u32 guess)
 {
-	struct endpoint *e = endpoint_of(a);
-	__u32 epoch;
+	__u32 epoch = endpoint_epoch(guess);
+	struct endpoint *e;
 
+	if (!a || !to)
+		return 0;
 	to->ifindex = 0;
+	e = endpoint_of(a);
+	if (e && e->ifindex != guess) {
+		epoch = endpoint_epoch(e->ifindex);
+		e = endpoint_of(a);
+	}
 	if (!e)
 		return 0;
-	epoch = endpoint_epoch(e->ifindex);
-	e = endpoint_of(a);
-	if (e)
-		*to = *e;
+	*to = *e;
 	return epoch;
 }
 
-/* Fills nf->src and nf->dst: the pods of this node at either end. */
-static __always_inline void new_flow_endpoints(struct new_flow *nf)
+static __always_inline void read_receiver(struct new_flow *nf, __u32 guess)
 {
-	nf->endpoint_epoch[2] = endpoint_epoch(0);
-	nf->endpoint_epoch[0] = read_endpoint(&nf->fwd.src, &nf->src);
-	nf->endpoint_epoch[1] = read_endpoint(&nf->post.dst, &nf->dst);
+	nf->endpoint_epoch[1] = read_endpoint(&nf->post.dst, &nf->dst, guess);
+}
+
+/* Both tuples, and the pods of this node at either end: nf->src, nf->dst. */
+static __always_inline int new_flow_ends(struct __sk_buff *skb, const struct pkt *p, struct new_flow *nf, const struct flow *f)
+{
+	__u32 last = nf->dst.ifindex; /* where this CPU's flow before went: a good guess */
+	int ret = recall_tuples(skb, p, nf, f);
+
+	nf->endpoint_epoch[2] = endpoint_epoch(EPOCH_SLOT_OUTSIDE);
+	nf->endpoint_epoch[0] = read_endpoint(&nf->fwd.src, &nf->src, skb->ifindex);
+	read_receiver(nf, last);
+	if (nf->known)
+		return ret;
+	ret = first_tuples(skb, p, nf);
+	if (nf->flags & FLOW_SERVICE)
+		read_receiver(nf, last);
+	return ret;
 }
 
 /*
@@ -257,7 +282,7 @@ static __always_inline __u32 judged_epoch(const struct new_flow *nf, __u32 slot)
 	return nf->endpoint_epoch[2];
 }
 
-/* Composes nf->entry and nf->key for one direction. */
+/* Composes nf->entry, but for the time, and nf->key for one direction. */
 static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 {
 	const struct endpoint *in = direction == FORWARD ? &nf->src : &nf->dst;
@@ -271,8 +296,6 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 		key_reverse(&nf->key, &nf->post);
 		key_reverse(&f->xlate, &nf->fwd);
 	}
-	f->last_seen = now_seconds();
-	f->tick = now_tick();
 	f->route_epoch = nf->route_epoch;
 	f->service_id = nf->service_id;
 	f->service_epoch = nf->service_epoch;
@@ -293,9 +316,9 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 		f->flags |= FLOW_IN_NODE;
 	f->tcp = 0;
 	f->rule_id = nf->rule_id;
-	__builtin_memcpy(f->in_mac, in->mac, 6);
-	__builtin_memcpy(f->dst_mac, out->mac, 6);
-	__builtin_memcpy(f->src_mac, out->host_mac, 6);
+	mac_copy(f->in_mac, in->mac);
+	mac_copy(f->dst_mac, out->mac);
+	mac_copy(f->src_mac, out->host_mac);
 	f->csum_diff = 0;
 	if (!key_equal(&nf->key, &f->xlate)) {
 		f->flags |= FLOW_NAT;
@@ -350,13 +373,21 @@ __noinline int store_direction(__u32 direction, __u64 how)
  */
 static __always_inline int claim_answers(struct __sk_buff *skb, struct new_flow *nf)
 {
-	__u32 start = bpf_get_prandom_u32(), masquerades = nf->flags & FLOW_MASQUERADE;
+	__u32 start = 0, masquerades = nf->flags & FLOW_MASQUERADE;
 	int state, ret;
 
+	/* As a rule nobody has the tuple, and the claim itself would tell. */
+	if (nf->fresh && source_port_state(skb, SOURCE_UNSEEN) == SOURCE_FREE) {
+		ret = store_direction(REPLY, BPF_NOEXIST);
+		if (ret <= 0)
+			return ret;
+	}
 	for (__u32 i = 0; i < SOURCE_PORT_TRIES; i++) {
+		if (i == 1)
+			start = bpf_get_prandom_u32();
 		if (i)
 			source_port_set(nf, start, i);
-		state = source_port_state(skb, !masquerades || i >= SOURCE_PORT_TRIES / 2);
+		state = source_port_state(skb, !masquerades || i >= SOURCE_PORT_TRIES / 2 ? SOURCE_TAKE_OVER : SOURCE_RESPECT);
 		if (state != SOURCE_TAKEN) {
 			ret = store_direction(REPLY, state == SOURCE_OURS ? BPF_ANY : BPF_NOEXIST);
 			if (ret <= 0)
@@ -373,6 +404,8 @@ __noinline int store_flow(struct __sk_buff *skb, struct new_flow *nf)
 
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
+	nf->entry.last_seen = now_seconds();
+	nf->entry.tick = now_tick();
 	/* The answers pass this node by. */
 	if (nf->backend_port && (nf->flags & FLOW_DSR))
 		return store_direction(FORWARD, BPF_ANY);
@@ -449,9 +482,8 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	nf->route_epoch = route_epoch();
 	if (p->hook == HOOK_FROM_OVERLAY && !p->in_node)
 		p->in_node = node_addr_flags_of(&p->outer) >> NODE_ADDR_INDEX_SHIFT;
-	ret = new_flow_tuples(skb, p, nf, f);
+	ret = new_flow_ends(skb, p, nf, f);
 	note_sender_node(p, nf);
-	new_flow_endpoints(nf);
 	source = check_source(skb, p, nf);
 	if (source)
 		return source;
@@ -460,7 +492,7 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	/* The stack led the packet to a pod's device that the address is not registered for: there is no policy to judge it by. */
 	if (p->hook == HOOK_TO_POD && (nf->reply ? nf->src.ifindex : nf->dst.ifindex) != skb->ifindex)
 		return -DROP_INVALID_CONFIG;
-	if (receiver_is_gone(skb, p, nf, f))
+	if (f && receiver_is_gone(skb, p, nf, f))
 		return -DROP_SERVICE_NO_BACKEND;
 	note_opener(skb, p, nf);
 	if (!nf->known && (p->icmp_type == ICMPV6_ECHO_REPLY || (p->key.proto == IPPROTO_ICMP && p->icmp_type == ICMP_ECHOREPLY)))
@@ -493,5 +525,5 @@ __noinline int connect(struct __sk_buff *skb, struct pkt *p, const struct flow *
 	affinity_note(nf);
 	if (!nf->known && (node_flags() & NODE_VERDICT_EVENTS))
 		emit(skb, p, EVENT_VERDICT, DROP_NONE);
-	return forward(skb, p, &nf->entry);
+	return forward(skb, p, &nf->entry, p->hook);
 }

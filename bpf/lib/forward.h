@@ -19,7 +19,7 @@ static __always_inline int mac_rewrite(struct __sk_buff *skb, const struct flow 
 }
 
 /* One routing hop. The caller has made sure that the packet may take it. */
-static __always_inline int ttl_decrement(struct __sk_buff *skb, struct pkt *p)
+static __always_inline int ttl_decrement(struct __sk_buff *skb, struct pkt *p, enum hook hook)
 {
 	struct iphdr *ip4;
 	struct ipv6hdr *ip6;
@@ -36,8 +36,12 @@ static __always_inline int ttl_decrement(struct __sk_buff *skb, struct pkt *p)
 	if (!ip6)
 		return -DROP_TRUNCATED;
 	ip6->hop_limit--;
-	/* No header checksum cancels this out in the NIC's sum of the whole packet (CHECKSUM_COMPLETE), which redirect_peer hands on. */
-	bpf_csum_update(skb, (__u16)~bpf_htons(0x0001));
+	/*
+	 * No header checksum cancels this out in the NIC's sum of the whole packet (CHECKSUM_COMPLETE), which redirect_peer hands on. What
+	 * comes from a pod has no such sum: its kernel makes none, and forgets a NIC's when it forwards or bridges the packet.
+	 */
+	if (hook != HOOK_FROM_POD)
+		bpf_csum_update(skb, (__u16)~bpf_htons(0x0001));
 	return 0;
 }
 
@@ -91,9 +95,9 @@ static __always_inline int into_netdev(struct __sk_buff *skb, const struct flow 
  * itself, and nothing is a hop between the host and its services. One that does not fit the way returns -DROP_TOO_BIG, untouched: the hook
  * answers.
  */
-static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const struct flow *f)
+static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const struct flow *f, enum hook hook)
 {
-	int by_stack = p->hook == HOOK_TO_POD || p->hook == HOOK_TO_NETDEV || p->hook == HOOK_FROM_HOST;
+	int by_stack = hook == HOOK_TO_POD || hook == HOOK_TO_NETDEV || hook == HOOK_FROM_HOST;
 	int ret, to_stack = f->action == FLOW_TO_STACK || f->action == FLOW_TO_HOST;
 
 	if (!to_stack && !by_stack && p->ttl <= 1)
@@ -109,14 +113,14 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 		if (ret)
 			return ret;
 	}
-	if (p->hook == HOOK_TO_POD || f->action == FLOW_TO_STACK)
+	if (hook == HOOK_TO_POD || f->action == FLOW_TO_STACK)
 		return TC_ACT_OK;
 	if (f->action == FLOW_TO_HOST)
 		return to_host_device(skb, f);
 	/* An answer of the node itself that the stack has on its way already. */
-	if (p->hook == HOOK_TO_NETDEV && f->action == FLOW_TO_NETDEV && f->out_ifindex == skb->ifindex)
+	if (hook == HOOK_TO_NETDEV && f->action == FLOW_TO_NETDEV && f->out_ifindex == skb->ifindex)
 		return TC_ACT_OK;
-	ret = by_stack ? 0 : ttl_decrement(skb, p);
+	ret = by_stack ? 0 : ttl_decrement(skb, p, hook);
 	if (ret)
 		return ret;
 	if (f->action == FLOW_TO_POD)

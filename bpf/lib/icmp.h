@@ -220,7 +220,7 @@ static __always_inline int error_sender_matches(struct __sk_buff *skb, const str
 {
 	if (p->hook == HOOK_TO_POD && skb->ingress_ifindex && (f->flags & (FLOW_IN_POD | FLOW_IN_OVERLAY)) && !(f->flags & FLOW_VIA_STACK))
 		return 0;
-	return flow_sender_matches(skb, p, f);
+	return flow_sender_matches(skb, p, f, p->hook);
 }
 
 /* Returns a tc action or minus a drop reason. It is no packet of the flow: neither life nor state of the entry changes. */
@@ -244,5 +244,5 @@ static __always_inline int handle_icmp_error(struct __sk_buff *skb, struct pkt *
 		if (ret)
 			return ret;
 	}
-	return forward(skb, p, f);
+	return forward(skb, p, f, p->hook);
 }

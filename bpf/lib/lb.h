@@ -46,8 +46,11 @@ static __always_inline int comes_from_elsewhere(__u32 hook)
 	return hook == HOOK_FROM_POD || hook == HOOK_FROM_NETDEV || hook == HOOK_FROM_OVERLAY;
 }
 
-/* forwarded: another node has sent the question on (VNI_FORWARDED, VNI_DSR). */
-static __always_inline struct service *service_find(const struct flow_key *key, __u32 hook, __u32 forwarded)
+/*
+ * forwarded: another node has sent the question on (VNI_FORWARDED, VNI_DSR). to_pod: a pod of this node has the address, so no node does; 0
+ * where nobody has asked yet.
+ */
+static __always_inline struct service *service_find(const struct flow_key *key, __u32 hook, __u32 forwarded, __u32 to_pod)
 {
 	struct frontend_key fk = {.addr = key->dst, .port = key->dport, .proto = key->proto};
 	struct service *s;
@@ -59,7 +62,7 @@ static __always_inline struct service *service_find(const struct flow_key *key, 
 	if (addr_is_loopback(&key->dst) && comes_from_elsewhere(hook))
 		return NULL;
 	s = bpf_map_lookup_elem(&services, &fk);
-	if (s)
+	if (s || to_pod)
 		return s;
 	if (hook == HOOK_FROM_HOST && addr_is_loopback(&key->dst))
 		flags = localhost_flags(&key->dst);
@@ -161,14 +164,16 @@ static __always_inline int source_allowed(const struct service *s, const struct 
 }
 
 /*
- * What no frontend was found for: the services' addresses are nobody else's, so nothing there is routed on (contract row V9). What
- * another node has forwarded is left alone, because that node may know the service earlier than we.
+ * What no frontend was found for: the services' addresses are nobody else's, a pod of this node's included, so nothing there is routed on
+ * (contract row V9). What another node has forwarded is left alone, because that node may know the service earlier than we.
  */
-static __always_inline int service_missing(const struct flow_key *key, __u32 hook)
+static __always_inline int service_missing(const struct flow_key *key, __u32 hook, __u32 to_pod)
 {
 	struct service_addr_key k = {.prefixlen = 128, .addr = key->dst};
 	__u32 *what;
 
+	if (to_pod)
+		return 0;
 	if (hook != HOOK_FROM_POD && hook != HOOK_FROM_NETDEV && hook != HOOK_FROM_HOST)
 		return 0;
 	what = bpf_map_lookup_elem(&service_addrs, &k);
@@ -215,8 +220,8 @@ static __always_inline void service_forward(struct new_flow *nf, const struct se
 }
 
 /*
- * Chooses a backend for nf->fwd and writes nf->post. 0: chosen, or no service at all. hash: what a forwarding node says of its choice,
- * only with nf->flags & FLOW_FORWARDED. A pod that reaches itself sees the service address as the client: its answer then comes
+ * Chooses a backend for nf->fwd and writes nf->post. nf->dst is the pod of this node that has the address asked for; 0: chosen, or no
+ * service at all. hash: what a forwarding node says of its choice, only with nf->flags & FLOW_FORWARDED. A pod that reaches itself sees the service address as the client: its answer then comes
  * back through us (contract row V12).
  */
 __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
@@ -224,20 +229,21 @@ __noinline int service_translate(struct new_flow *nf, __u32 hook, __u32 hash)
 	__u32 inside = hook == HOOK_FROM_POD || hook == HOOK_FROM_HOST, scope = inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL, node;
 	struct backend chosen, *b = &chosen;
 	struct service *s;
+	__u32 to_pod;
 	int ret;
 
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
-	nf->affinity = 0;
-	s = service_find(&nf->fwd, hook, nf->flags & FLOW_FORWARDED);
+	to_pod = nf->dst.ifindex;
+	s = service_find(&nf->fwd, hook, nf->flags & FLOW_FORWARDED, to_pod);
 	if (!s)
-		return service_missing(&nf->fwd, hook);
+		return service_missing(&nf->fwd, hook, to_pod);
 	nf->service_id = s->id;
 	nf->service_epoch = service_epoch(s->id);
 	/* Again: what is read from here on is not older than the epoch. */
-	s = service_find(&nf->fwd, hook, nf->flags & FLOW_FORWARDED);
+	s = service_find(&nf->fwd, hook, nf->flags & FLOW_FORWARDED, to_pod);
 	if (!s)
-		return service_missing(&nf->fwd, hook);
+		return service_missing(&nf->fwd, hook, to_pod);
 	if (nf->flags & FLOW_FORWARDED) {
 		b = backend_here(s, hash);
 		if (!b)

@@ -150,7 +150,10 @@ static __always_inline int host_objects(struct __sk_buff *skb, struct new_flow *
 {
 	if (nf->flags & FLOW_MASQUERADE)
 		return host_uses_port(skb, nf);
-	return nf->flags & FLOW_VIA_HOST ? host_talks_to(skb, nf) : host_is_connected(skb, nf);
+	if (nf->flags & FLOW_VIA_HOST)
+		return host_talks_to(skb, nf);
+	/* A pod's address is none of the node's. */
+	return nf->dst.ifindex ? 0 : host_is_connected(skb, nf);
 }
 
 /* Has the flow of this entry ended, or was it forgotten by both ends? */
@@ -180,19 +183,28 @@ enum source_port {
 	SOURCE_TAKEN = 2,
 };
 
-/* enum source_port of the source port in nf->post. take_over: what is left of a dead flow is free, too. */
-__noinline int source_port_state(struct __sk_buff *skb, __u32 take_over)
+/* What becomes of another flow's entry for the answers. */
+enum source_port_how {
+	SOURCE_RESPECT = 0,
+	SOURCE_TAKE_OVER = 1, /* what is left of a dead flow is free, too */
+	SOURCE_UNSEEN = 2,    /* nobody has looked: who writes the entry finds out */
+};
+
+/* enum source_port of the source port in nf->post. how: enum source_port_how. */
+__noinline int source_port_state(struct __sk_buff *skb, __u32 how)
 {
 	struct new_flow *nf = new_flow();
-	struct flow *taken;
+	struct flow *taken = NULL;
 
 	if (!nf || ((nf->flags & FLOW_MASQUERADE) && port_is_reserved(nf)))
 		return SOURCE_TAKEN;
-	key_reverse(&nf->key, &nf->post);
-	taken = bpf_map_lookup_elem(&flows, &nf->key);
+	if (how != SOURCE_UNSEEN) {
+		key_reverse(&nf->key, &nf->post);
+		taken = bpf_map_lookup_elem(&flows, &nf->key);
+	}
 	if (taken && key_answers(&nf->fwd, &taken->xlate))
 		return SOURCE_OURS;
-	if (taken && !(take_over && flow_is_dead(nf->key.proto, taken)))
+	if (taken && (how != SOURCE_TAKE_OVER || !flow_is_dead(nf->key.proto, taken)))
 		return SOURCE_TAKEN;
 	if (host_objects(skb, nf))
 		return SOURCE_TAKEN;

@@ -20,7 +20,7 @@ static __always_inline int service_is_another(const struct pkt *p, const struct 
 	/* Another node's question, which that node knows better. */
 	if (p->hook == HOOK_FROM_OVERLAY)
 		return 0;
-	s = service_find(&p->key, p->hook, 0);
+	s = service_find(&p->key, p->hook, 0, 0);
 	return s && s->id != f->service_id;
 }
 

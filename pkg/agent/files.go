@@ -3,7 +3,7 @@
 package agent
 
 import (
-	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,8 +15,9 @@ import (
 // savedFile is a JSON file in the run directory that is replaced by rename, and only when its content changes. It belongs to one goroutine.
 type savedFile struct {
 	path string
-	// written is what the file holds; nil = unknown.
-	written []byte
+	// written is the digest of what the file holds, if that is known. Contents are large: they are not kept.
+	written [sha256.Size]byte
+	known   bool
 }
 
 // save makes the file hold v and reports whether it had to be written.
@@ -25,20 +26,27 @@ func (f *savedFile) save(v any) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("encode %s: %w", f.path, err)
 	}
-	data = append(data, '\n')
-	if f.written == nil {
-		if f.written, err = os.ReadFile(f.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	return f.hold(append(data, '\n'))
+}
+
+// hold makes the file hold data and reports whether it had to be written.
+func (f *savedFile) hold(data []byte) (bool, error) {
+	if !f.known {
+		before, err := os.ReadFile(f.path)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false, fmt.Errorf("compare %s: %w", f.path, err)
 		}
+		f.written, f.known = sha256.Sum256(before), err == nil
 	}
-	if bytes.Equal(f.written, data) {
+	sum := sha256.Sum256(data)
+	if f.known && sum == f.written {
 		return false, nil
 	}
-	f.written = nil
+	f.known = false
 	if err := replaceFile(f.path, data); err != nil {
 		return false, err
 	}
-	f.written = data
+	f.written, f.known = sum, true
 	return true, nil
 }
 

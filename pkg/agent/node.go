@@ -112,10 +112,19 @@ func (p *pipeline) compileNodes() (hold bool) {
 		return hold
 	}
 	p.nodesChanged = false
-	r := p.nodes.Compile(node.Input{Snapshot: p.snapshot.Snapshot, Machine: p.facts.machine, Hold: hold, InUse: p.nodesInUse()})
+	r := p.nodes.Update(node.Input{Snapshot: p.snapshot.Snapshot, Machine: p.facts.machine, Hold: hold, InUse: p.nodesInUse()})
 	p.nodeResult = r
 	p.wantNetwork(hold)
 	return hold
+}
+
+// networkInputs are what a wantedNetwork follows from: the same inputs make the same one.
+type networkInputs struct {
+	result    *node.Result
+	facts     *nodeFacts
+	frontends uint64
+	served    bool
+	hold      bool
 }
 
 // wantNetwork says what devices and kernel routes follow from the nodes and the services, as far as they are compiled.
@@ -124,6 +133,11 @@ func (p *pipeline) wantNetwork(hold bool) {
 	if r == nil {
 		return
 	}
+	of := networkInputs{result: r, facts: p.facts, frontends: p.frontendsSeen, served: p.serviceResult != nil, hold: hold}
+	if p.wantedNetwork != nil && p.networkOf == of {
+		return
+	}
+	p.networkOf = of
 	want := &wantedNetwork{overlay: r.Overlay, routes: r.KernelRoutes, podMTU: r.PodMTU, services: p.serviceRoutes(), hold: hold}
 	if !reflect.DeepEqual(want, p.wantedNetwork) {
 		p.wantedNetwork = want
@@ -221,6 +235,11 @@ func (p *pipeline) applyNode() {
 	}
 	p.round.Devices, p.round.Overlay = p.facts.devices, p.facts.overlayDevice
 	hold := p.compileNodes()
+	now := nodesApplied{p.nodeResult, p.facts, hold}
+	if !p.round.Whole && !p.raise.Routes && p.nodesSettled == now {
+		return
+	}
+	p.nodesSettled = nodesApplied{}
 	l := p.planNodes(hold)
 	if !l.empty() {
 		p.raise.Routes = true
@@ -228,7 +247,11 @@ func (p *pipeline) applyNode() {
 	if p.raise.Routes {
 		p.saveNumbers()
 	}
-	p.saveNodeNames(hold)
+	named := p.saveNodeNames(hold)
+	if named && l.empty() && !p.raise.Routes {
+		p.nodesSettled = now
+		return
+	}
 	for _, i := range l.nodesPut {
 		p.m.nodes.put(i, l.want.nodes[i])
 	}
@@ -259,12 +282,12 @@ func (p *pipeline) applyNode() {
 	for _, i := range l.egressGone {
 		p.m.egress.remove(i)
 	}
-	named := map[uint16]bool{}
+	inUse := map[uint16]bool{}
 	if len(l.nodesGone) > 0 {
-		named = p.namedNodes()
+		inUse = p.namedNodes()
 	}
 	for _, i := range l.nodesGone {
-		if !named[uint16(i)] {
+		if !inUse[uint16(i)] {
 			p.m.nodes.remove(i)
 		}
 	}
@@ -274,6 +297,13 @@ func (p *pipeline) applyNode() {
 	if p.raise.Routes {
 		p.raiseRoutes()
 	}
+}
+
+// nodesApplied are the inputs with which a round found nothing to write about nodes: with the same ones there is nothing to look for.
+type nodesApplied struct {
+	result *node.Result
+	facts  *nodeFacts
+	hold   bool
 }
 
 // nodeThere reports whether what names the node may be written: the kernel has the node, or there is none to have.
@@ -312,10 +342,10 @@ func (p *pipeline) saveNode(hold bool) {
 	}
 }
 
-// saveNodeNames writes the names of the other nodes, before anything has their numbers.
-func (p *pipeline) saveNodeNames(hold bool) {
+// saveNodeNames writes the names of the other nodes, before anything has their numbers, and reports whether they are there.
+func (p *pipeline) saveNodeNames(hold bool) bool {
 	if p.nodeResult == nil {
-		return
+		return true
 	}
 	names := maps.Clone(p.nodeResult.Names)
 	if hold {
@@ -325,5 +355,7 @@ func (p *pipeline) saveNodeNames(hold bool) {
 	}
 	if _, err := p.nodeNames.save(names); err != nil {
 		p.log.Warn("names of nodes could not be saved", "err", err)
+		return false
 	}
+	return true
 }

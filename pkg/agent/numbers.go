@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -101,12 +102,12 @@ func (p *pipeline) importRaise() {
 type stamp struct {
 	services uint64
 	policies *policy.Result
-	nodes    string
+	nodes    uint64
 	routes   string
 }
 
 func (p *pipeline) stampNumbers() stamp {
-	return stamp{p.services.Uses(), p.policyResult, fmt.Sprint(p.nodes.Export()), p.routes}
+	return stamp{p.services.Uses(), p.policyResult, p.nodes.Uses(), p.routes}
 }
 
 // saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
@@ -118,7 +119,10 @@ func (p *pipeline) saveNumbers() {
 	now := p.stampNumbers()
 	p.numbersErr = p.saveRaise()
 	if p.numbersErr == nil && (p.saved == nil || *p.saved != now || p.round.Whole || p.round.Held) {
-		_, p.numbersErr = p.numbers.save(p.exportNumbers())
+		var data []byte
+		if data, p.numbersErr = p.encodeNumbers(); p.numbersErr == nil {
+			_, p.numbersErr = p.numbers.hold(data)
+		}
 		p.saved = &now
 	}
 	if p.numbersErr == nil {
@@ -129,6 +133,40 @@ func (p *pipeline) saveNumbers() {
 	if err := os.Remove(p.numbers.path); err != nil && !os.IsNotExist(err) {
 		p.log.Error("old numbers could not be removed", "err", err)
 	}
+}
+
+// encodedNumbers is a part of numbers.json as it was encoded last. Most rounds change the other part.
+type encodedNumbers struct {
+	uses uint64
+	text []byte
+}
+
+// encode returns the part's text; fresh has it made anew.
+func (e *encodedNumbers) encode(uses uint64, fresh bool, export func() any) ([]byte, error) {
+	if e.text != nil && e.uses == uses && !fresh {
+		return e.text, nil
+	}
+	text, err := json.Marshal(export())
+	e.uses, e.text = uses, text
+	return text, err
+}
+
+// encodeNumbers is exportNumbers as JSON.
+func (p *pipeline) encodeNumbers() ([]byte, error) {
+	fresh := p.round.Whole || p.round.Held || p.saved == nil
+	services, err1 := p.serviceNumbers.encode(p.services.Uses(), fresh, func() any { return p.services.Export() })
+	nodes, err2 := p.nodeNumbers.encode(p.nodes.Uses(), fresh, func() any { return p.nodes.Export() })
+	policies, err3 := json.Marshal(p.policies.Export())
+	routes, err4 := json.Marshal(p.routes)
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
+		return nil, fmt.Errorf("encode numbers: %w", err)
+	}
+	out := make([]byte, 0, len(services)+len(nodes)+len(policies)+len(routes)+64)
+	out = fmt.Appendf(out, `{"version":%d,"policy":`, numbersVersion)
+	out = append(append(out, policies...), `,"service":`...)
+	out = append(append(out, services...), `,"node":`...)
+	out = append(append(out, nodes...), `,"routes":`...)
+	return append(append(out, routes...), '}', '\n'), nil
 }
 
 // saveRaise notes the epochs that the maps' content calls for but that have not been raised yet, before the first write of a round: after a

@@ -143,6 +143,8 @@ type pipeline struct {
 	nodes         *node.Compiler
 	nodeResult    *node.Result
 	wantedNetwork *wantedNetwork
+	networkOf     networkInputs
+	nodesSettled  nodesApplied
 	policyResult  *policy.Result
 	serviceResult *service.Result
 	policyErr     error
@@ -165,12 +167,18 @@ type pipeline struct {
 	raise   raise
 	routes  string
 	soon    bool
-	// kept are numbers that must not be forgotten while the source is incomplete.
+	// kept are numbers that must not be forgotten while the source is incomplete. What the maps hold after a round without hold, the
+	// compilers remember.
 	kept numbers
-	// saved is what numbers.json was written for; nil: it has to be written.
-	saved *stamp
-	// servicesNamed says that services.json is up to date.
+	// saved is what numbers.json was written for; nil: it has to be written. The others are parts of its text.
+	saved                       *stamp
+	serviceNumbers, nodeNumbers encodedNumbers
+	// servicesNamed says that services.json is up to date. frontendsSeen grows when a frontend comes or goes.
 	servicesNamed bool
+	frontendsSeen uint64
+	// servicePorts are the NodePorts of all services, portsOf the journal of the services that they were collected from.
+	servicePorts []portRange
+	portsOf      state.Journal[state.Key]
 
 	numbers, raiseFile, serviceFile, ruleFile, nodeNames, nodeFile *savedFile
 	numbersErr, namesErr, nodeFileErr                              error
@@ -350,6 +358,8 @@ func (p *pipeline) applySource() {
 		p.wantNetwork(hold)
 		if hold {
 			p.keepNumbers()
+		} else {
+			p.kept = numbers{}
 		}
 	}
 	// The plugin writes this map too.

@@ -84,13 +84,7 @@ func (p *pipeline) applyReserved(hold bool) {
 		}
 	}
 	ranges := append([]portRange{{p.reach.VXLANPort, p.reach.VXLANPort}}, p.sysctlPorts...)
-	for _, s := range p.merged.Services {
-		for _, port := range s.Ports {
-			if port.NodePort != 0 {
-				ranges = append(ranges, portRange{port.NodePort, port.NodePort})
-			}
-		}
-	}
+	ranges = append(ranges, p.nodePortRanges()...)
 	for _, hp := range p.wantHostPorts {
 		ranges = append(ranges, portRange{hp.Host.Port(), hp.Host.Port()})
 	}
@@ -106,4 +100,21 @@ func (p *pipeline) applyReserved(hold bool) {
 	for _, word := range p.m.reserved.surplus(want) {
 		p.m.reserved.remove(word)
 	}
+}
+
+// nodePortRanges are the NodePorts of all services.
+func (p *pipeline) nodePortRanges() []portRange {
+	journal := p.merged.Journals.Services
+	if journal.Same(p.portsOf) {
+		return p.servicePorts
+	}
+	p.portsOf, p.servicePorts = journal, nil
+	for _, s := range p.merged.Services {
+		for _, port := range s.Ports {
+			if port.NodePort != 0 {
+				p.servicePorts = append(p.servicePorts, portRange{port.NodePort, port.NodePort})
+			}
+		}
+	}
+	return p.servicePorts
 }

@@ -85,7 +85,7 @@ func (p *pipeline) applyServices(hold bool) {
 	if len(surplus) == 0 {
 		return
 	}
-	counted := p.counted()
+	counted := p.counted(surplus)
 	p.named(counted)
 	for _, k := range surplus {
 		if k.Slot >= counted[k.List] {
@@ -118,12 +118,17 @@ func (p *pipeline) empties(k bpf.FrontendKey, v bpf.Service) bool {
 	return false
 }
 
-// counted returns how many slots of each list the kernel's frontends count.
-func (p *pipeline) counted() map[uint32]uint32 {
-	counted := make(map[uint32]uint32, len(p.m.services.have))
+// counted returns how many slots of the entries' lists the kernel's frontends count.
+func (p *pipeline) counted(entries []bpf.BackendKey) map[uint32]uint32 {
+	counted := map[uint32]uint32{}
+	for _, k := range entries {
+		counted[k.List] = 0
+	}
 	for _, s := range p.m.services.have {
 		for scope, list := range s.List {
-			counted[list] = max(counted[list], s.Count[scope])
+			if n, asked := counted[list]; asked && s.Count[scope] > n {
+				counted[list] = s.Count[scope]
+			}
 		}
 	}
 	return counted

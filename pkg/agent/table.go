@@ -11,6 +11,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // Table is one map of the kernel as the pipeline uses it.
@@ -69,16 +70,19 @@ type kernelTable[K, V comparable] struct {
 	shared bool
 }
 
-// loadBatch is how many entries one batched read asks for.
-const loadBatch = 4096
+// loadFirst and loadBatch are how many entries the first batched read asks for, and the largest. Some small maps are read in every round.
+const (
+	loadFirst = 256
+	loadBatch = 4096
+)
 
 // Load reads the map in batches, or entry by entry where the kernel knows no batches for its type.
 func (t kernelTable[K, V]) Load() (map[K]V, error) {
 	var (
 		out    = map[K]V{}
 		cursor ebpf.MapBatchCursor
-		keys   = make([]K, loadBatch)
-		values = make([]V, loadBatch)
+		keys   = make([]K, loadFirst)
+		values = make([]V, loadFirst)
 	)
 	for {
 		n, err := t.m.BatchLookup(&cursor, keys, values, nil)
@@ -93,6 +97,9 @@ func (t kernelTable[K, V]) Load() (map[K]V, error) {
 			return t.loadEach()
 		case err != nil:
 			return nil, fmt.Errorf("read map: %w", err)
+		}
+		if len(keys) < loadBatch {
+			keys, values = make([]K, 2*len(keys)), make([]V, 2*len(values))
 		}
 	}
 }
@@ -191,7 +198,7 @@ func (t serviceTable) Put(k bpf.FrontendKey, v bpf.Service) error {
 	if err := t.m.Lookup(&k, &have); err != nil {
 		return classify(err)
 	}
-	if datapath.IsHostPort(have.Id) {
+	if pins.IsHostPort(have.Id) {
 		return fmt.Errorf("%w: a hostPort has it", ErrChanged)
 	}
 	return classify(t.m.Update(&k, &v, ebpf.UpdateExist))

@@ -38,12 +38,16 @@ func (p *pipeline) takeServices(r *service.Result, c *service.Changes) {
 		p.serviceResult, p.wantService = r, newServiceMaps(r, p.serviceCIDRs...)
 		p.forgetServices()
 		p.servicesNamed = false
+		p.frontendsSeen++
 		return
 	}
 	w, m := &p.wantService, &p.m
 	for f := range c.Frontends {
 		s, ok := r.Frontends[f]
 		k := bpf.NewFrontendKey(uint8(f.Protocol), f.Addr, f.Port)
+		if _, was := w.services[k]; was != ok {
+			p.frontendsSeen++
+		}
 		p.servicesNamed = p.servicesNamed && ok && w.services[k].Id == s.ID
 		set(m.services, w.services, k, newService(s), ok)
 	}

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "490eef8b888d9e9fc2fb3a48"
+const build = "5de1b24b7aa10607faf49def"

@@ -367,10 +367,11 @@ type dpNewFlow struct {
 	Mtu           [2]uint16
 	Action        [2]uint8
 	Known         uint8
+	Fresh         uint8
 	Reply         uint8
 	Direction     uint8
 	TcpFlags      uint8
-	_             [2]byte
+	Pad           uint8
 	Key           dpFlowKey
 }
 

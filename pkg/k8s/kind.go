@@ -112,7 +112,7 @@ func (s *Source) kinds() ([]*kind, error) {
 	for _, err := range []error{
 		add(&kind{
 			name: "pods", sink: sinkOf[state.Key, state.Pod]{&s.pods, namespaced},
-			convert: func(o runtime.Object) any { return state.FromPod(o.(*corev1.Pod), s.cfg.Node) },
+			convert: func(o runtime.Object) any { return s.shared.Pod(state.FromPod(o.(*corev1.Pod), s.cfg.Node)) },
 		}, corev1.SchemeGroupVersion, "pods", func() runtime.Object { return &corev1.PodList{} }),
 		add(&kind{
 			name: "services", labels: "!service.kubernetes.io/service-proxy-name", fields: "spec.clusterIP!=" + corev1.ClusterIPNone,
@@ -121,7 +121,9 @@ func (s *Source) kinds() ([]*kind, error) {
 		}, corev1.SchemeGroupVersion, "services", func() runtime.Object { return &corev1.ServiceList{} }),
 		add(&kind{
 			name: "endpointslices", labels: "!" + corev1.IsHeadlessService, sink: sinkOf[state.Key, state.EndpointSlice]{&s.slices, namespaced},
-			convert: func(o runtime.Object) any { return state.FromEndpointSlice(o.(*discoveryv1.EndpointSlice)) },
+			convert: func(o runtime.Object) any {
+				return s.shared.EndpointSlice(state.FromEndpointSlice(o.(*discoveryv1.EndpointSlice)))
+			},
 		}, discoveryv1.SchemeGroupVersion, "endpointslices", func() runtime.Object { return &discoveryv1.EndpointSliceList{} }),
 		add(&kind{
 			name: "nodes", sink: sinkOf[string, state.Node]{&s.nodes, named},

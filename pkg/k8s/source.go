@@ -53,6 +53,8 @@ type Source struct {
 	ctx context.Context
 	// dirty has an element when there may be something to publish.
 	dirty chan struct{}
+	// shared is what objects have in common.
+	shared state.Interner
 
 	mu              sync.Mutex
 	pods            table[state.Key, state.Pod]

@@ -100,24 +100,19 @@ func (c *claims) overlap(p netip.Prefix) (owner string, at netip.Prefix, taken b
 	return owner, at, taken
 }
 
-// addPods adds a host prefix for every pod of another node whose address is outside that node's ranges. Pods that end yield to others.
-func (b *compilation) addPods(s *state.Snapshot) {
+// addPods adds a host prefix for every pod of another node whose address is outside that node's ranges, and returns which pods have such
+// addresses. Pods that end yield to others.
+func (b *compilation) addPods(s *state.Snapshot) map[state.Key]struct{} {
 	type claim struct {
 		pod *state.Pod
 		ip  netip.Addr
 	}
 	var outside []claim
-	for _, pod := range s.Pods {
-		p := b.peers[pod.Node]
-		if p == nil || pod.Local || pod.HostNetwork || pod.Finished {
-			continue
-		}
-		for _, ip := range pod.IPs {
-			_, isNode := b.result.Addresses[ip]
-			if !isNode && !slices.Contains(b.machine.Addresses, ip) &&
-				!slices.ContainsFunc(p.cidrs, func(c netip.Prefix) bool { return c.Contains(ip) }) {
-				outside = append(outside, claim{pod, ip})
-			}
+	keys := map[state.Key]struct{}{}
+	for key, pod := range s.Pods {
+		for _, ip := range b.outsideOf(pod) {
+			outside = append(outside, claim{pod, ip})
+			keys[key] = struct{}{}
 		}
 	}
 	slices.SortFunc(outside, func(x, y claim) int {
@@ -135,6 +130,7 @@ func (b *compilation) addPods(s *state.Snapshot) {
 		owner[o.ip] = o.pod
 		b.addRemote(b.peers[o.pod.Node], addr.HostPrefix(o.ip))
 	}
+	return keys
 }
 
 // compareBool orders false before true.

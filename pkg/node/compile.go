@@ -28,6 +28,10 @@ type Compiler struct {
 	next     uint32
 	released []uint16
 	numbers  map[string]uint16
+	// uses grows with every number that is given or taken back.
+	uses uint64
+	// last is what Update goes on from; nil: it compiles.
+	last *before
 }
 
 // NewCompiler returns a compiler for the node of that name. nonMasquerade are prefixes outside the cluster to which pods keep their
@@ -77,7 +81,8 @@ func (c *Compiler) Compile(in Input) *Result {
 	}
 	names := slices.Sorted(maps.Keys(in.Snapshot.Nodes))
 	others := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == c.name })
-	for _, name := range c.number(others, in) {
+	left := c.number(others, in)
+	for _, name := range left {
 		b.problem(name, "there is no number left for it; raise the size of the map nodes")
 	}
 	self := in.Snapshot.Nodes[c.name]
@@ -93,10 +98,14 @@ func (c *Compiler) Compile(in Input) *Result {
 		}
 	}
 	b.addOwn()
-	b.addPods(in.Snapshot)
+	outside := b.addPods(in.Snapshot)
 	b.addNonMasquerade()
 	b.egress()
 	b.finish(len(others) > 0)
+	c.last = nil
+	if len(left) == 0 { // else a number may come free by what the maps name
+		c.last = &before{compilation: b, journals: in.Snapshot.Journals, hold: in.Hold, outside: outside}
+	}
 	return b.result
 }
 

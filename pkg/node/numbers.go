@@ -30,6 +30,11 @@ func (c *Compiler) Export() Numbers {
 	return Numbers{Version: numbersVersion, Next: c.next, Released: slices.Clone(c.released), Nodes: maps.Clone(c.numbers)}
 }
 
+// Uses grows with every number that is given or taken back: while it stays, so does Export.
+func (c *Compiler) Uses() uint64 {
+	return c.uses
+}
+
 // Import replaces what the compiler remembers by n, before its first compilation; the zero Numbers, of a file from before there were any,
 // remember nothing. It changes nothing when n contradicts itself.
 func (c *Compiler) Import(n Numbers) error {
@@ -63,7 +68,8 @@ func (c *Compiler) Import(n Numbers) error {
 			return err
 		}
 	}
-	c.next, c.released, c.numbers = n.Next, slices.Clone(n.Released), maps.Clone(n.Nodes)
+	c.next, c.released, c.numbers, c.last = n.Next, slices.Clone(n.Released), maps.Clone(n.Nodes), nil
+	c.uses++
 	if c.numbers == nil {
 		c.numbers = map[string]uint16{}
 	}
@@ -82,12 +88,14 @@ func (c *Compiler) number(names []string, in Input) (left []string) {
 			}
 		}
 		slices.Sort(gone)
+		c.uses += uint64(len(gone))
 		c.released = append(c.released, gone...)
 	}
 	for _, name := range names {
 		if _, known := c.numbers[name]; known {
 			continue
 		}
+		c.uses++ // also where take finds none: it may have put some aside
 		number, ok := c.take(in.InUse)
 		if !ok {
 			left = append(left, name)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // cni is another CNI to compare with, as a node would have it: flag -cni.
@@ -55,13 +56,14 @@ func (c *cnis) Set(text string) error {
 }
 
 // chain is the plugins of a network with their configurations, in the order of ADD, and what ADD printed for each container: DEL is told.
+// Any number of goroutines may use it, each for containers of its own.
 type chain struct {
 	plugins []*plugin
-	results map[string][]byte
+	results sync.Map // container ID → []byte
 }
 
 func newChain(plugins ...*plugin) *chain {
-	return &chain{plugins: plugins, results: map[string][]byte{}}
+	return &chain{plugins: plugins}
 }
 
 // chain returns the plugins of the conflist.
@@ -99,11 +101,12 @@ func (c *cni) chain() (*chain, error) {
 // last one's output.
 func (c *chain) run(ctx context.Context, command, id, ns string) (total cost, out []byte, err error) {
 	plugins := slices.Clone(c.plugins)
-	previous := c.results[id]
+	var previous []byte
 	if command == "DEL" {
 		slices.Reverse(plugins)
-	} else {
-		previous = nil
+		if added, known := c.results.LoadAndDelete(id); known {
+			previous = added.([]byte)
+		}
 	}
 	for _, p := range plugins {
 		p, err := p.withPrevious(previous)
@@ -121,9 +124,7 @@ func (c *chain) run(ctx context.Context, command, id, ns string) (total cost, ou
 		}
 	}
 	if command == "ADD" {
-		c.results[id] = out
-	} else if command == "DEL" {
-		delete(c.results, id)
+		c.results.Store(id, out)
 	}
 	return total, out, nil
 }

@@ -129,6 +129,9 @@ var sections = []section{
 	{"services", benchServices, true},
 	{"nodeports", benchNodePorts, true},
 	{"endpoints", benchEndpoints, true},
+	{"agent-start", benchAgentStart, false},
+	{"agent-change", benchAgentChange, false},
+	{"agent-memory", benchAgentMemory, false},
 }
 
 func sectionNames() string {

@@ -10,10 +10,8 @@ import (
 	"io"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"runtime"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -84,10 +82,6 @@ func runPeer(args []string, stdin io.Reader, stdout io.Writer) error {
 	}
 	debug.SetGCPercent(-1)
 	runtime.GOMAXPROCS(4 * streams) // a thread in a system call that Go does not know of keeps its processor
-	runtime.LockOSThread()
-	if err := settle(); err != nil {
-		return err
-	}
 	if len(servers) > 0 {
 		return serveAll(servers, stdout)
 	}
@@ -96,6 +90,9 @@ func runPeer(args []string, stdin io.Reader, stdout io.Writer) error {
 
 // takeOrders is a client's life.
 func takeOrders(stdin io.Reader, stdout io.Writer) error {
+	if err := settle(); err != nil {
+		return err
+	}
 	in, out := json.NewDecoder(stdin), json.NewEncoder(stdout)
 	for {
 		var o order
@@ -124,24 +121,15 @@ func takeOrders(stdin io.Reader, stdout io.Writer) error {
 	}
 }
 
-// settle puts all threads of the process, and so all later ones, on the machine's last CPU, ahead of whatever else the machine is doing.
+// settle keeps the calling thread, with its goroutine, on the machine's last CPU, ahead of whatever else the machine is doing. Every thread
+// that carries traffic does it, and no other: the runtime's own ones, of two processes, would interrupt one transaction in a hundred.
 func settle() error {
-	_, last, err := lastCPU()
-	if err != nil {
+	runtime.LockOSThread()
+	if _, err := pinThread(); err != nil {
 		return err
 	}
-	threads, err := filepath.Glob("/proc/self/task/*")
-	if err != nil {
-		return err
-	}
-	for _, path := range threads {
-		id, err := strconv.Atoi(filepath.Base(path))
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(unix.SchedSetaffinity(id, &last), unix.Setpriority(unix.PRIO_PROCESS, id, -20)); err != nil {
-			return fmt.Errorf("pin a thread and raise its priority: %w", err)
-		}
+	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, -20); err != nil {
+		return fmt.Errorf("raise the priority: %w", err)
 	}
 	return nil
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -62,6 +64,8 @@ func TestTraffic(t *testing.T) {
 			})
 		}
 	}
+	checkPinned(t, server)
+	checkPinned(t, client)
 	wrong := course{"closed port", at.path, at.addr(false), 1}
 	if _, err := client.burst(t.Context(), wrong, modeRequests, time.Millisecond); err == nil || !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("without server: %v, want connection refused", err)
@@ -71,6 +75,38 @@ func TestTraffic(t *testing.T) {
 	}
 	if _, err := client.burst(t.Context(), course{"again", at.path, at.addr(false), 0}, modeRequests, time.Millisecond); err != nil {
 		t.Errorf("after errors: %v", err)
+	}
+}
+
+// checkPinned requires that the threads of a peer that carry traffic may run on one CPU, the same for all of them. The runtime's own, which
+// may run anywhere, do little.
+func checkPinned(t *testing.T, p *peer) {
+	t.Helper()
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", p.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := map[string]int{} // list of CPUs → nanoseconds of the threads that may run there
+	for _, thread := range threads {
+		text, err := os.ReadFile(filepath.Join(thread, "schedstat"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ns, err := strconv.Atoi(strings.Fields(string(text))[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		used[field(filepath.Join(thread, "status"), "Cpus_allowed_list", ":")] += ns
+	}
+	most, all := 0, 0
+	for list, ns := range used {
+		if !strings.ContainsAny(list, ",-") {
+			most = max(most, ns)
+		}
+		all += ns
+	}
+	if most < all*3/4 {
+		t.Errorf("CPU time in nanoseconds by where the threads may run: %v, want most of it on one CPU", used)
 	}
 }
 

@@ -148,9 +148,10 @@ func transfer(o order, streams int) (got outcome, err error) {
 	start := time.Now()
 	for i, fd := range fds {
 		wg.Go(func() {
-			runtime.LockOSThread()
-			defer runtime.UnlockOSThread()
-			bits[i], errs[i] = stream(fd, start.Add(o.For))
+			if errs[i] = settle(); errs[i] == nil {
+				bits[i], errs[i] = stream(fd, start.Add(o.For))
+			}
+			runtime.UnlockOSThread() // the next streams' thread
 		})
 	}
 	wg.Wait()

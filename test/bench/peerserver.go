@@ -23,19 +23,25 @@ func serveAll(servers []order, stdout io.Writer) error {
 			return err
 		}
 		go func() {
-			runtime.LockOSThread()
-			switch s.Mode {
-			case modeServe:
-				failed <- serve(fd, echo)
-			case modeSink:
-				failed <- serve(fd, func(fd int) error { go sink(fd); return nil })
-			case modeCount:
-				failed <- answerWindows(fd)
+			if err := settle(); err != nil {
+				failed <- err
 			}
+			failed <- serveOne(s.Mode, fd)
 		}()
 	}
 	fmt.Fprintln(stdout, "ready")
 	return <-failed
+}
+
+func serveOne(mode string, fd int) error {
+	switch mode {
+	case modeServe:
+		return serve(fd, echo)
+	case modeSink:
+		return serve(fd, func(fd int) error { go sink(fd); return nil })
+	default:
+		return answerWindows(fd)
+	}
 }
 
 func listen(s order) (fd int, err error) {
@@ -92,16 +98,14 @@ var sinkBuffers = sync.Pool{New: func() any { return new([256 << 10]byte) }}
 
 // sink reads what comes until the client has gone.
 func sink(fd int) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	err := settle()
+	defer runtime.UnlockOSThread() // the next connection's thread
 	buf := sinkBuffers.Get().(*[256 << 10]byte)
 	defer sinkBuffers.Put(buf)
-	for {
-		if n, err := readRaw(fd, buf[:]); err != nil || n == 0 {
-			_ = unix.Close(fd)
-			return
-		}
+	for n := 1; err == nil && n > 0; {
+		n, err = readRaw(fd, buf[:])
 	}
+	_ = unix.Close(fd) // after an error the client sees a reset, or less than it sent
 }
 
 // answerWindows answers datagrams that say that they are the last of their window.

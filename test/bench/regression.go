@@ -112,10 +112,10 @@ func (r *regression) change() string { return fmt.Sprintf("%+.0f %%", 100*(r.is/
 func (r *regression) allows() string { return fmt.Sprintf("%.0f %%", 100*r.allowed) }
 
 func regressionTable(regressions []regression) table {
-	t := table{title: "Worse than the committed results", head: []string{"", "compared", "was", "is", "change", "allowed"}}
+	t := table{title: "Worse than the committed results", head: []string{"", "reference", "compared", "was", "is", "change", "allowed"}}
 	for _, r := range regressions {
 		t.rows = append(t.rows, []string{
-			r.Section + ": " + r.Name, r.what, fmt.Sprintf("%.3g", r.was), fmt.Sprintf("%.3g", r.is), r.change(), r.allows(),
+			r.Section + ": " + r.Name, r.Reference, r.what, fmt.Sprintf("%.3g", r.was), fmt.Sprintf("%.3g", r.is), r.change(), r.allows(),
 		})
 	}
 	return t

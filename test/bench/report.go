@@ -139,12 +139,20 @@ func resultTable(group []result) table {
 	return t
 }
 
-// attention returns the tables that come first: what is worse than before.
-func (r *report) attention() []table {
-	if len(r.regressions) == 0 {
-		return nil
+// attention returns the tables that come first: what is worse than before, and what misses its target.
+func (r *report) attention() (tables []table) {
+	if len(r.regressions) > 0 {
+		tables = append(tables, regressionTable(r.regressions))
 	}
-	return []table{regressionTable(r.regressions)}
+	if missed := r.missed(); len(missed) > 0 {
+		t := table{title: "Missed targets", head: []string{"", "margay", "reference", "", "ratio", "target"}}
+		for _, res := range missed {
+			row := res.row()
+			t.rows = append(t.rows, []string{res.Section + ": " + res.Name, row[2] + " " + res.Unit, row[4], row[6], row[7], row[8]})
+		}
+		tables = append(tables, t)
+	}
+	return tables
 }
 
 // print writes everything as aligned text.

@@ -56,6 +56,7 @@ func TestWrite(t *testing.T) {
 	}
 	for _, want := range []string{
 		"Run with `make bench` on ", "load average 0.10 before", "; ptp v0.", "1 of 2 figures with a target are within it.",
+		"### Missed targets\n", "| Pod to pod: TCP_RR | 9.00 1000/s | 10.0 | bare pair | 0.90 | ≥ 0.95 |\n",
 		"![Pod to pod](benchmarks/pod-to-pod.svg)",
 		"| TCP_RR | 1000/s | 9.00 | 9.00–9.00 | 10.0 | 10.0–10.0 | bare pair | 0.90 | ≥ 0.95 | no |\n",
 		"| TCP_RR | 1000/s | 9.00 | 9.00–9.00 | 8.00 | 8.00–8.00 | ptp | 1.12 |  |  |\n",
