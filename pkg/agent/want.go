@@ -8,8 +8,8 @@ import (
 	"net/netip"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 	"github.com/margay-cni/margay/pkg/policy"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
@@ -158,15 +158,15 @@ func pendingOf(r *policy.Result, scheduled map[state.Key]*state.Pod) map[bpf.Pen
 	pending := make(map[bpf.PendingKey]bpf.Pending, len(r.Pods)+len(r.Restricted)+1)
 	for key, a := range r.Pods {
 		if pod := scheduled[key]; pod != nil {
-			pending[datapath.PendingKeyOf(key.Namespace, key.Name, pod.UID)] = bpf.Pending{
+			pending[pins.PendingKeyOf(key.Namespace, key.Name, pod.UID)] = bpf.Pending{
 				Identity: a.Identity, PolicyId: a.Policy, Flags: bpf.PendingPod,
 			}
 		}
 	}
 	for namespace, restricted := range r.Restricted {
-		pending[datapath.PendingKeyOf(namespace, "", "")] = summary(restricted)
+		pending[pins.PendingKeyOf(namespace, "", "")] = summary(restricted)
 	}
-	pending[datapath.PendingKeyOf("", "", "")] = summary(r.RestrictedElsewhere)
+	pending[pins.PendingKeyOf("", "", "")] = summary(r.RestrictedElsewhere)
 	return pending
 }
 

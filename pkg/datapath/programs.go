@@ -20,7 +20,6 @@ var (
 		bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgFromL3Netdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay,
 		bpf.ProgFromHost, bpf.ProgToLoopback, bpf.ProgSweepFlows, bpf.ProgSweepFlow,
 	}
-	podPrograms = []string{bpf.ProgFromPod, bpf.ProgToPod}
 	// optionalPrograms are missing where the kernel has no BTF.
 	optionalPrograms = map[string]bool{bpf.ProgSweepFlow: true}
 )
@@ -28,7 +27,7 @@ var (
 // ensurePrograms verifies, loads and pins this build's programs over the given maps. They appear under their directory's final name all
 // at once; what a crash left under the temporary name is removed first.
 func ensurePrograms(cfg Config, shared map[string]*ebpf.Map) error {
-	final, partial := cfg.progDir(), cfg.progDir()+"-partial" // bpffs has no dots in names
+	final, partial := cfg.ProgramDir(), cfg.ProgramDir()+"-partial" // bpffs has no dots in names
 	for _, dir := range []string{partial, final} {
 		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("remove left-over programs: %w", err)

@@ -187,7 +187,7 @@ func TestSweepWithoutBTF(t *testing.T) {
 	t.Parallel()
 	ns, cfg := place(t)
 	ensure(t, ns, cfg)
-	must(t, os.Remove(filepath.Join(cfg.progDir(), bpf.ProgSweepFlow)))
+	must(t, os.Remove(filepath.Join(cfg.ProgramDir(), bpf.ProgSweepFlow)))
 	d := ensure(t, ns, cfg)
 	now := seconds(t)
 	putFlow(t, d, unix.IPPROTO_UDP, false, now, &direction{idle: 1000}, &direction{idle: 1000})

@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	clusterbuild "github.com/margay-cni/margay/test/cluster/build"
 )
 
 func main() {
@@ -50,6 +52,11 @@ func (o options) command() string {
 	args := slices.Clone(o.args)
 	if len(args) > 1 && args[0] == "-inside" {
 		args = args[2:]
+	}
+	for i, arg := range args {
+		if strings.ContainsAny(arg, " |&;()<>*?[]$'\"\\") {
+			args[i] = "'" + strings.ReplaceAll(arg, "'", `'\''`) + "'"
+		}
 	}
 	switch line := strings.Join(args, " "); line {
 	case "-write":
@@ -181,6 +188,9 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 	b := &bench{options: o, node: n, report: newReport(o), log: log}
+	if proxied(o.only) {
+		b.report.version("kube-proxy " + clusterbuild.KubernetesVersion)
+	}
 	for _, s := range sections {
 		if !only.MatchString(s.name) {
 			continue

@@ -185,6 +185,15 @@ func (r *result) target() string {
 	return sign + fmt.Sprintf("%.2f", *r.Target)
 }
 
+// ratio returns the ratio with two digits or, where these would look as if a missed target were reached, with three.
+func (r *result) ratio() string {
+	short := fmt.Sprintf("%.2f", *r.Ratio)
+	if r.TargetOf == ofRatio && !r.OK && short == fmt.Sprintf("%.2f", *r.Target) {
+		return fmt.Sprintf("%.3f", *r.Ratio)
+	}
+	return short
+}
+
 func (r *result) verdict() string {
 	switch {
 	case r.Target == nil:
@@ -204,7 +213,7 @@ func (r *result) row() []string {
 		value, values = number(*r.Value), span(*r.ReferenceRange)
 	}
 	if r.Ratio != nil {
-		ratio = fmt.Sprintf("%.2f", *r.Ratio)
+		ratio = r.ratio()
 	}
 	return []string{r.Name, r.Unit, number(r.Margay), span(r.Range), value, values, r.Reference, ratio, r.target(), r.verdict()}
 }

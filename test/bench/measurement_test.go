@@ -109,6 +109,15 @@ func TestBeside(t *testing.T) {
 	}
 }
 
+func TestRatioDigits(t *testing.T) {
+	for margay, want := range map[float64]string{0.9789: "0.979", 0.98: "0.98", 0.961: "0.96", 1.5: "1.50"} {
+		r := mustResult(t, measured(measurement{Target: 0.98, Higher: true}, []float64{margay}, []float64{1}))
+		if got := r.ratio(); got != want {
+			t.Errorf("ratio of %v = %q, want %q", margay, got, want)
+		}
+	}
+}
+
 func TestNumbers(t *testing.T) {
 	for v, want := range map[float64]string{0: "0", 0.0123: "0.0123", 0.5: "0.50", 14.63: "14.6", 1234.5: "1234"} {
 		if got := number(v); got != want {

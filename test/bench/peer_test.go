@@ -133,6 +133,9 @@ func TestPairing(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.targets, p.further = false, true
+	if err := (pairing{ours: ours, theirs: &runner{streams: true}}).compare(r, []kind{k}); err != nil {
+		t.Errorf("a runner of streams only, beside requests: %v", err)
+	}
 	if err := p.compare(r, []kind{k}); err != nil {
 		t.Fatal(err)
 	}

@@ -94,7 +94,7 @@ func transactions(duration time.Duration, worth float64, do func([]byte) error) 
 	start := time.Now()
 	counted := start.Add(duration * warmUp / 100)
 	count := 0
-	for now := start; now.Sub(start) < duration; {
+	for now := start; now.Sub(start) < duration || len(took) == 0; { // however long the machine did something else
 		if err := do(buf); err != nil {
 			return outcome{}, err
 		}
@@ -104,9 +104,6 @@ func transactions(duration time.Duration, worth float64, do func([]byte) error) 
 			took = append(took, float64(end.Sub(now).Nanoseconds())/1000)
 		}
 		now = end
-	}
-	if len(took) == 0 {
-		return outcome{}, fmt.Errorf("nothing was done in %v", duration)
 	}
 	sum := 0.0
 	for _, t := range took {

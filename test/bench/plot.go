@@ -125,7 +125,7 @@ func (f *plotFigure) compare(r *result, refs map[string]int) {
 	at, words := *r.Target, "target "+r.target()
 	if r.TargetOf == ofRatio {
 		at *= *r.Value
-		words = fmt.Sprintf("%.2f, %s", *r.Ratio, words)
+		words = r.ratio() + ", " + words
 	}
 	if !r.OK {
 		words += ", missed"

@@ -13,6 +13,7 @@ import (
 type runner struct {
 	course
 	client, server *peer
+	streams        bool // takes part in streams only
 	laps           map[string][]lap
 }
 
@@ -33,6 +34,8 @@ type kind struct {
 	cpuScale       float64 // nanoseconds for one of what a client counts → cpuUnit
 	target         float64 // for the rate
 }
+
+func (k kind) stream() bool { return k.mode == modeThroughput || k.mode == modeStreams }
 
 // Issue: what Margay must keep of a bare veth pair.
 var kinds = []kind{
@@ -56,6 +59,9 @@ func (b *bench) race(ctx context.Context, rounds int, kinds []kind, runners []*r
 				at := (i + turn) % len(runners)
 				if i%2 == 1 {
 					at = len(runners) - 1 - at
+				}
+				if runners[at].streams && !k.stream() {
+					continue
 				}
 				if err := runners[at].lap(ctx, k, b.length(k), cpu); err != nil {
 					return err
@@ -137,6 +143,9 @@ type pairing struct {
 // compare reports everything of the kinds that both have run.
 func (p pairing) compare(r *report, kinds []kind) error {
 	for _, k := range kinds {
+		if p.theirs.streams && !k.stream() {
+			continue
+		}
 		ours, theirs := p.ours.laps[k.id], p.theirs.laps[k.id]
 		if len(ours) == 0 || len(ours) != len(theirs) {
 			return fmt.Errorf("%s beside %s: %d and %d rounds of %s", p.ours.name, p.theirs.name, len(ours), len(theirs), k.name)
