@@ -101,13 +101,13 @@ func (p *pipeline) importRaise() {
 // stamp tells states of the numbers apart.
 type stamp struct {
 	services uint64
-	policies *policy.Result
+	policies uint64
 	nodes    uint64
 	routes   string
 }
 
 func (p *pipeline) stampNumbers() stamp {
-	return stamp{p.services.Uses(), p.policyResult, p.nodes.Uses(), p.routes}
+	return stamp{p.services.Uses(), p.policies.Uses(), p.nodes.Uses(), p.routes}
 }
 
 // saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a

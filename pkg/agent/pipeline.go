@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"runtime/debug"
@@ -163,20 +164,21 @@ type pipeline struct {
 	// What the kernel holds, and what of it is not settled.
 	m      mirrors
 	loaded bool
-	// applied is the policy result that the kernel holds entirely; nil = look at the kernel.
-	applied *policy.Result
-	raise   raise
-	routes  string
-	soon    bool
+	// applied is the policy result that the kernel held entirely before policyRaised had to be raised; nil = look at the kernel.
+	applied      *policy.Result
+	policyRaised []uint32
+	raise        raise
+	routes       string
+	soon         bool
 	// kept are numbers that must not be forgotten while the source is incomplete. What the maps hold after a round without hold, the
 	// compilers remember.
 	kept numbers
 	// saved is what numbers.json was written for; nil: it has to be written. The others are parts of its text.
 	saved                       *stamp
 	serviceNumbers, nodeNumbers encodedNumbers
-	// servicesNamed says that services.json is up to date. frontendsSeen grows when a frontend comes or goes.
-	servicesNamed bool
-	frontendsSeen uint64
+	// servicesNamed says that services.json is up to date, rulesNamed the same of rules.json. frontendsSeen grows when a frontend comes or goes.
+	servicesNamed, rulesNamed bool
+	frontendsSeen             uint64
 	// servicePorts are the NodePorts of all services, portsOf the journal of the services that they were collected from.
 	servicePorts []portRange
 	portsOf      state.Journal[state.Key]
@@ -351,6 +353,7 @@ func (p *pipeline) work(whole bool) time.Duration {
 // load reads every table.
 func (p *pipeline) load() {
 	ok := true
+	entries, identities := p.m.policy.have, p.m.ipcache.have
 	for _, m := range p.m.all() {
 		ok = m.load() == nil && ok
 	}
@@ -358,7 +361,9 @@ func (p *pipeline) load() {
 		p.importNumbers()
 		p.loaded = true
 	}
-	p.applied = nil
+	if !maps.Equal(entries, p.m.policy.have) || !maps.Equal(identities, p.m.ipcache.have) {
+		p.applied = nil
+	}
 }
 
 // applySource brings the maps to what snapshot and records say.
@@ -380,10 +385,10 @@ func (p *pipeline) applySource() {
 		return
 	}
 	p.compareServices()
+	p.comparePolicies()
 	p.raise.add(p.planServices(hold))
 	p.raise.add(raise{Endpoints: p.planPolicy(hold)})
 	noted := !p.raise.empty()
-	p.saveNames()
 	p.saveNumbers()
 	compiled := p.now()
 	p.applyPolicy(hold)
@@ -397,6 +402,7 @@ func (p *pipeline) applySource() {
 	p.saveNode(hold)
 	p.round.Written = p.now()
 	p.round.Write = p.round.Written.Sub(compiled)
+	p.saveNames() // for people: nothing waits for them
 }
 
 // compile runs the compilers over the snapshot and the records. When policies cannot be compiled, the last good result stays in force.
@@ -425,15 +431,12 @@ func (p *pipeline) compilePolicies(s *state.Snapshot, waiting int) {
 		return
 	}
 	p.compiled = inputs
-	var r *policy.Result
-	if r, p.policyErr = p.policies.Compile(s); p.policyErr == nil {
-		p.policyResult = r
-		p.wantPolicy = newPolicyMaps(r, p.snapshot.Pods)
-		p.policyStatus(r.Conditions)
+	r, changes, err := p.policies.Update(s)
+	if p.policyErr = err; err == nil {
+		p.takePolicies(r, changes)
 	} else {
 		p.log.Error("policies could not be compiled; the last good ones stay in force", "err", p.policyErr)
 	}
-	var err error
 	if p.wantEndpoints, err = wantedEndpoints(p.local, p.policyResult); err != nil {
 		p.log.Error("a record is of no use", "err", err)
 	}
@@ -483,8 +486,9 @@ func (p *pipeline) saveNames() {
 		_, p.namesErr = p.serviceFile.save(serviceNames(p.serviceResult, p.merged))
 		p.servicesNamed = p.namesErr == nil
 	}
-	if p.policyResult != nil && p.namesErr == nil {
+	if p.policyResult != nil && p.namesErr == nil && !p.rulesNamed {
 		_, p.namesErr = p.ruleFile.save(ruleNames(p.policyResult))
+		p.rulesNamed = p.namesErr == nil
 	}
 	if p.namesErr != nil {
 		p.log.Warn("names for numbers could not be saved", "err", p.namesErr)

@@ -37,59 +37,31 @@ func (p *pipeline) planPolicy(hold bool) []int {
 }
 
 // changedPolicies returns the policy ids under which a flow could be judged differently once the maps hold what they should. The past is
-// the last result where the kernel holds exactly that, and otherwise what the kernel really holds: a predecessor's maps, a round that
+// the last result where the kernel held exactly that, and otherwise what the kernel really holds: a predecessor's maps, a round that
 // went through only in part, somebody else's changes.
 func (p *pipeline) changedPolicies(hold bool) map[uint32]struct{} {
-	if p.policyResult == nil || p.applied == p.policyResult || (hold && p.nothingToAdd()) {
+	if p.policyResult == nil || (hold && p.nothingToAdd()) {
 		return nil
 	}
-	old := p.applied
-	if old == nil {
-		if p.settledInKernel() {
-			return nil
-		}
-		old = p.kernelResult()
+	var raised []uint32
+	switch {
+	case p.applied == p.policyResult:
+		raised = p.policyRaised
+	case p.applied != nil:
+		raised = policy.Changed(p.applied, p.policyResult)
+	case p.settledInKernel():
+		return nil
+	default:
+		raised = policy.Changed(p.kernelResult(), p.policyResult)
 	}
 	ids := map[uint32]struct{}{}
-	for _, id := range policy.Changed(old, p.policyResult) {
+	for _, id := range raised {
 		// The fixed ids never decide differently. Pods that get or lose one are noticed by their own entry.
 		if id >= bpf.PolicyFirst {
 			ids[id] = struct{}{}
 		}
 	}
 	return ids
-}
-
-// settledInKernel reports whether the kernel holds the wanted policy entries and ipcache already.
-func (p *pipeline) settledInKernel() bool {
-	return equal(p.m.policy, p.wantPolicy.policy) && equal(p.m.ipcache, p.wantPolicy.ipcache)
-}
-
-// nothingToAdd reports whether the kernel holds all that a round with hold would write: entries, and prefixes with any identity.
-func (p *pipeline) nothingToAdd() bool {
-	for k, v := range p.wantPolicy.policy {
-		if !p.m.policy.holds(k, v) {
-			return false
-		}
-	}
-	for k := range p.wantPolicy.ipcache {
-		if _, ok := p.m.ipcache.have[k]; !ok {
-			return false
-		}
-	}
-	return true
-}
-
-func equal[K, V comparable](m *mirror[K, V], want map[K]V) bool {
-	if len(m.have) != len(want) {
-		return false
-	}
-	for k, v := range want {
-		if !m.holds(k, v) {
-			return false
-		}
-	}
-	return true
 }
 
 // kernelResult is what the kernel holds in the form of a compilation.
@@ -144,9 +116,11 @@ func (p *pipeline) applyPolicy(hold bool) {
 	}
 	stuck := p.putIPCache(hold)
 	p.putPolicies(incomplete, func(k bpf.PolicyKey) bool { return live.has(k) && !stuck[k.Identity] })
-	for k := range p.wantPolicy.policy {
-		if stuck[k.Identity] {
-			incomplete[k.PolicyId] = true
+	if len(stuck) > 0 {
+		for k := range p.wantPolicy.policy {
+			if stuck[k.Identity] {
+				incomplete[k.PolicyId] = true
+			}
 		}
 	}
 	// Pods that start from here on get the new policy; those that started just before have a map entry or a record by now.
@@ -174,11 +148,11 @@ func (p *pipeline) applyPolicy(hold bool) {
 	}
 	p.applied = nil
 	if !hold && p.settledInKernel() {
-		p.applied = p.policyResult
+		p.applied, p.policyRaised = p.policyResult, nil
 	}
 }
 
-// pairs are the policy ids and the identities that the kernel refers to.
+// pairs are the policy ids and the identities that the kernel refers to, as far as entries that are to be written have to do with them.
 type pairs struct {
 	policies   map[uint32]bool
 	identities map[uint32]bool
@@ -191,11 +165,25 @@ func (l pairs) has(k bpf.PolicyKey) bool {
 
 func (p *pipeline) livePairs() pairs {
 	l := pairs{policies: p.policiesInKernel(), identities: map[uint32]bool{}}
+	for k := range p.m.policy.missing(p.wantPolicy.policy) {
+		l.identities[k.Identity] = false
+	}
+	for _, k := range p.m.policy.surplus(p.wantPolicy.policy) {
+		l.identities[k.Identity] = false
+	}
+	if len(l.identities) == 0 {
+		return l
+	}
+	note := func(id uint32) {
+		if _, asked := l.identities[id]; asked {
+			l.identities[id] = true
+		}
+	}
 	for _, v := range p.m.ipcache.have {
-		l.identities[v.Identity] = true
+		note(v.Identity)
 	}
 	for _, v := range p.m.endpoints.have {
-		l.identities[v.Identity] = true
+		note(v.Identity)
 	}
 	return l
 }
@@ -203,10 +191,8 @@ func (p *pipeline) livePairs() pairs {
 // arriving returns the identities to which addresses are about to come.
 func (p *pipeline) arriving() map[uint32]bool {
 	ids := map[uint32]bool{}
-	for k, v := range p.wantPolicy.ipcache {
-		if !p.m.ipcache.holds(k, v) {
-			ids[v.Identity] = true
-		}
+	for _, v := range p.m.ipcache.missing(p.wantPolicy.ipcache) {
+		ids[v.Identity] = true
 	}
 	return ids
 }
@@ -214,7 +200,7 @@ func (p *pipeline) arriving() map[uint32]bool {
 // putIPCache gives the addresses their identities and returns the identities that some address could not leave.
 func (p *pipeline) putIPCache(hold bool) map[uint32]bool {
 	stuck := map[uint32]bool{}
-	for k, v := range p.wantPolicy.ipcache {
+	for k, v := range p.m.ipcache.missing(p.wantPolicy.ipcache) {
 		had, ok := p.m.ipcache.have[k]
 		if ok && hold {
 			continue
@@ -261,7 +247,7 @@ func tighter(have, v bpf.Pending) bool {
 // putPolicies writes the chosen entries, denials before permissions, and notes the ids that are not entirely in the map.
 func (p *pipeline) putPolicies(incomplete map[uint32]bool, chosen func(k bpf.PolicyKey) bool) {
 	for _, verdict := range []uint32{bpf.VerdictDeny, bpf.VerdictAllow} {
-		for k, v := range p.wantPolicy.policy {
+		for k, v := range p.m.policy.missing(p.wantPolicy.policy) {
 			if v.Verdict == verdict && chosen(k) && !p.m.policy.put(k, v) {
 				incomplete[k.PolicyId] = true
 			}

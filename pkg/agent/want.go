@@ -122,8 +122,8 @@ type policyMaps struct {
 	policy  map[bpf.PolicyKey]bpf.PolicyEntry
 	ipcache map[bpf.IPCacheKey]bpf.IPCacheEntry
 	pending map[bpf.PendingKey]bpf.Pending
-	// ids has every policy id with entries.
-	ids map[uint32]struct{}
+	// ids counts the entries of every policy id that has any.
+	ids map[uint32]int
 }
 
 // newPolicyMaps turns a compilation into map content. scheduled holds the pods that the source knows: pods that only a record names have
@@ -132,32 +132,42 @@ func newPolicyMaps(r *policy.Result, scheduled map[state.Key]*state.Pod) policyM
 	w := policyMaps{
 		policy:  make(map[bpf.PolicyKey]bpf.PolicyEntry, len(r.Entries)),
 		ipcache: make(map[bpf.IPCacheKey]bpf.IPCacheEntry, len(r.Identities)),
-		pending: make(map[bpf.PendingKey]bpf.Pending, len(r.Pods)+len(r.Restricted)+1),
-		ids:     map[uint32]struct{}{},
+		pending: pendingOf(r, scheduled),
+		ids:     map[uint32]int{},
 	}
 	for k, e := range r.Entries {
-		entry := bpf.PolicyEntry{Verdict: uint32(e.Verdict), Rank: e.Rank, RuleId: e.Rule}
-		if e.Cluster {
-			entry.Flags = bpf.PolicyEntryCluster
-		}
-		w.policy[newPolicyKey(k)] = entry
-		w.ids[k.Policy] = struct{}{}
+		w.policy[newPolicyKey(k)] = newPolicyEntry(e)
+		w.ids[k.Policy]++
 	}
 	for p, id := range r.Identities {
 		w.ipcache[bpf.NewIPCacheKey(p)] = bpf.IPCacheEntry{Identity: id}
 	}
+	return w
+}
+
+func newPolicyEntry(e policy.Entry) bpf.PolicyEntry {
+	out := bpf.PolicyEntry{Verdict: uint32(e.Verdict), Rank: e.Rank, RuleId: e.Rule}
+	if e.Cluster {
+		out.Flags = bpf.PolicyEntryCluster
+	}
+	return out
+}
+
+// pendingOf is what pods start with: those of scheduled that have not started, and those that nothing is known of.
+func pendingOf(r *policy.Result, scheduled map[state.Key]*state.Pod) map[bpf.PendingKey]bpf.Pending {
+	pending := make(map[bpf.PendingKey]bpf.Pending, len(r.Pods)+len(r.Restricted)+1)
 	for key, a := range r.Pods {
 		if pod := scheduled[key]; pod != nil {
-			w.pending[pins.PendingKeyOf(key.Namespace, key.Name, pod.UID)] = bpf.Pending{
+			pending[pins.PendingKeyOf(key.Namespace, key.Name, pod.UID)] = bpf.Pending{
 				Identity: a.Identity, PolicyId: a.Policy, Flags: bpf.PendingPod,
 			}
 		}
 	}
 	for namespace, restricted := range r.Restricted {
-		w.pending[pins.PendingKeyOf(namespace, "", "")] = summary(restricted)
+		pending[pins.PendingKeyOf(namespace, "", "")] = summary(restricted)
 	}
-	w.pending[pins.PendingKeyOf("", "", "")] = summary(r.RestrictedElsewhere)
-	return w
+	pending[pins.PendingKeyOf("", "", "")] = summary(r.RestrictedElsewhere)
+	return pending
 }
 
 // summary is what a pod starts with that nothing was published for, in a namespace (or on a node) with or without policies.

@@ -146,8 +146,8 @@ func (in *increment) commitEntries(st *staged, c *Changes, raised map[uint32]str
 			c.Entries[k], raised[k.Policy] = struct{}{}, struct{}{}
 		}
 	}
-	if len(in.result.Entries) == 0 && in.compiler.compilations == in.began+1 {
-		in.result.Entries = st.put // a new result: nobody asks for its changes
+	if in.first() {
+		in.result.Entries = st.put // nobody asks for the changes
 		return
 	}
 	for k, e := range st.put {
@@ -209,6 +209,9 @@ func (in *increment) commitIdentities(c *Changes) map[move]struct{} {
 			delete(in.result.Identities, p)
 		} else {
 			in.result.Identities[p] = now.number
+		}
+		if in.first() {
+			continue // nobody asks
 		}
 		if from, to := in.around(p, true), in.around(p, false); from != to {
 			out[move{from, to}] = struct{}{}

@@ -203,7 +203,7 @@ func (in *increment) commitNumbers() {
 	c := in.compiler
 	c.compilations++
 	var identities, policies, rules []string
-	if c.compilations == in.began+1 { // there may be numbers of names that nobody knows any more
+	if in.first() { // there may be numbers of names that nobody knows any more
 		identities = c.identities.without(func(name string) bool { return in.population.byKey[name] != nil })
 		policies = c.policies.without(func(name string) bool { return in.intents[name] != nil })
 		rules = c.rules.without(in.rules.has)
@@ -226,6 +226,9 @@ func (in *increment) commitNumbers() {
 	c.policies.commit(in.numbers.policies, policies, c.compilations)
 	c.rules.commit(in.numbers.rules, rules, c.compilations)
 }
+
+// first reports whether it is the first call that is being committed: the result is new, and no changes of it are of use.
+func (in *increment) first() bool { return in.compiler.compilations == in.began+1 }
 
 // ruleNumber is the number of a rule in use.
 func (in *increment) ruleNumber(name string) uint32 {

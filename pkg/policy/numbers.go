@@ -54,6 +54,7 @@ type space struct {
 	name        string
 	first, last uint32
 	reuse       bool
+	uses        uint64 // how often numbers were given or freed
 	Space
 }
 
@@ -111,6 +112,9 @@ func (s *space) commit(a *allocation, gone []string, now uint64) {
 	}
 	maps.Copy(s.Assigned, a.assigned)
 	s.Next = a.next
+	if len(freed) > 0 || len(a.assigned) > 0 {
+		s.uses++
+	}
 }
 
 // without returns the names that have a number and are not in use.
@@ -174,6 +178,12 @@ func (c *Compiler) Export() Numbers {
 		Policies:     c.policies.export(),
 		Rules:        c.rules.export(),
 	}
+}
+
+// Uses grows when Export would return other numbers than before, but for the count of compilations: that of the last change will do for a
+// restart, which then keeps freed numbers unused for longer.
+func (c *Compiler) Uses() uint64 {
+	return c.identities.uses + c.policies.uses + c.rules.uses
 }
 
 // Import continues the numbers of an earlier Compiler, so that the same snapshot compiles to the same Result. Call it before the first
