@@ -61,6 +61,10 @@ type VethSpec struct {
 	HostNS  int // open file descriptor of the host's namespace
 }
 
+// vethQueues is how many queues either end has. Without a number the kernel makes one for each possible CPU, takes all but one back, and waits
+// for RCU grace periods before it does.
+const vethQueues = 1
+
 // AddVeth makes the pair with one message: the pod's end in the namespace of c, the host's end in spec.HostNS. Both are down.
 // It returns the ifindex of either end. The error wraps ErrExists when one of the names is taken.
 func (c *Conn) AddVeth(spec VethSpec) (pod, host int, err error) {
@@ -68,6 +72,7 @@ func (c *Conn) AddVeth(spec VethSpec) (pod, host int, err error) {
 	attrs.Name = spec.PodName
 	attrs.HardwareAddr = spec.PodMAC
 	attrs.MTU = spec.MTU
+	attrs.NumTxQueues, attrs.NumRxQueues = vethQueues, vethQueues // the library takes them for both ends
 	veth := netlink.NewVeth(attrs)
 	veth.PeerName = spec.HostName
 	veth.PeerHardwareAddr = spec.HostMAC
