@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "6268a6c965ceacc0c2fb3a48"
+const build = "b0452c1c68782c09c2fb3a48"
