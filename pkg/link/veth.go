@@ -58,7 +58,10 @@ type VethSpec struct {
 	PodMAC  net.HardwareAddr
 	HostMAC net.HardwareAddr
 	MTU     int // bytes, of both ends
-	HostNS  int // open file descriptor of the host's namespace
+	// GSOMaxSize is how large a packet of several segments the pod's end takes, in bytes; 0: the kernel's 64 KiB. Kernels before 6.3 take it
+	// for IPv6 alone.
+	GSOMaxSize int
+	HostNS     int // open file descriptor of the host's namespace
 }
 
 // AddVeth makes the pair with one message: the pod's end in the namespace of c, the host's end in spec.HostNS. Both are down.
@@ -68,6 +71,7 @@ func (c *Conn) AddVeth(spec VethSpec) (pod, host int, err error) {
 	attrs.Name = spec.PodName
 	attrs.HardwareAddr = spec.PodMAC
 	attrs.MTU = spec.MTU
+	attrs.GSOMaxSize, attrs.GSOIPv4MaxSize = uint32(spec.GSOMaxSize), uint32(spec.GSOMaxSize)
 	veth := netlink.NewVeth(attrs)
 	veth.PeerName = spec.HostName
 	veth.PeerHardwareAddr = spec.HostMAC
