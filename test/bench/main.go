@@ -123,6 +123,7 @@ var sections = []section{
 	{"packet", benchPackets, false},
 	{"add", benchAdd, false},
 	{"traffic", benchTraffic, false},
+	{"big-tcp", benchBigTCP, false},
 	{"nodes", benchNodes, true},
 	{"services", benchServices, true},
 	{"nodeports", benchNodePorts, true},
