@@ -24,7 +24,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
 )
 
 func main() {
@@ -129,6 +128,7 @@ var sections = []section{
 	{"packet", benchPackets, false},
 	{"add", benchAdd, false},
 	{"traffic", benchTraffic, false},
+	{"big-tcp", benchBigTCP, false},
 	{"nodes", benchNodes, true},
 	{"services", benchServices, true},
 	{"nodeports", benchNodePorts, true},

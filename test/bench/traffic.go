@@ -37,7 +37,6 @@ func benchTraffic(ctx context.Context, b *bench) (err error) {
 type trafficLab struct {
 	bench        *bench
 	margay, bare ends
-	big          *ends  // a bare pair that takes packets as large as Margay's pods do, if those are larger than the kernel's default
 	others       []ends // pods of other CNIs
 }
 
@@ -66,44 +65,36 @@ func (t *trafficLab) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	all := []*ends{&t.margay, &t.bare}
-	sizes, err := packetSizes(t.margay.client.path)
-	if err != nil {
-		return err
-	}
-	if sizes.big() {
-		t.big = &ends{name: "bare veth pair, BIG TCP"}
-		if t.big.client, t.big.server, err = n.barePair(1); err != nil {
-			return fmt.Errorf("make the bare pair for BIG TCP: %w", err)
-		}
-		if err := errors.Join(sizes.set(t.big.client.path), sizes.set(t.big.server.path)); err != nil {
-			return err
-		}
-		all = append(all, t.big)
-	}
 	for i := range t.others {
 		all = append(all, &t.others[i])
 	}
 	for _, e := range all {
-		if e.serverProcess, err = startServers(e.server); err != nil {
-			return err
-		}
-		if e.clientProcess, err = startPeer(e.client.path); err != nil {
+		if err := e.start(); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (t *trafficLab) stop() {
-	all := append([]ends{t.margay, t.bare}, t.others...)
-	if t.big != nil {
-		all = append(all, *t.big)
+// start starts the processes at both ends.
+func (e *ends) start() (err error) {
+	if e.serverProcess, err = startServers(e.server); err != nil {
+		return err
 	}
-	for _, e := range all {
-		for _, p := range []*peer{e.clientProcess, e.serverProcess} {
-			if p != nil {
-				p.stop()
-			}
+	e.clientProcess, err = startPeer(e.client.path)
+	return err
+}
+
+func (t *trafficLab) stop() {
+	for _, e := range append([]ends{t.margay, t.bare}, t.others...) {
+		e.stop()
+	}
+}
+
+func (e *ends) stop() {
+	for _, p := range []*peer{e.clientProcess, e.serverProcess} {
+		if p != nil {
+			p.stop()
 		}
 	}
 }
