@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -14,9 +13,6 @@ import (
 )
 
 const trafficSection = "Pod to pod on one node"
-
-// Issue: with BIG TCP a stream between pods is faster than on a bare veth pair as the kernel makes it.
-const bigTarget = 1
 
 // benchTraffic measures real sockets: pod to pod, beside a bare veth pair and pods of others.
 func benchTraffic(ctx context.Context, b *bench) (err error) {
@@ -109,18 +105,6 @@ func (t *trafficLab) family(ctx context.Context, i int) error {
 	ours, bare := t.margay.runner(f.v6), t.bare.runner(f.v6)
 	runners := []*runner{ours, bare}
 	pairings := []pairing{{trafficSection, idOf(f.name), f.name, ours, bare, true, false}}
-	kinds := slices.Clone(kinds)
-	if t.big != nil {
-		theirs := t.big.runner(f.v6)
-		theirs.streams = true
-		runners = append(runners, theirs)
-		pairings = append(pairings, pairing{trafficSection, idOf(f.name), f.name, ours, theirs, false, true})
-		for i := range kinds {
-			if kinds[i].stream() {
-				kinds[i].target = bigTarget
-			}
-		}
-	}
 	for k := range t.others {
 		if !t.others[k].server.addr(f.v6).IsValid() || !t.others[k].client.addr(f.v6).IsValid() {
 			continue // a CNI of one family
