@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "b94e84852029e6e9faf49def"
+const build = "a3389efe762e5663faf49def"
