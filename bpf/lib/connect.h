@@ -340,9 +340,9 @@ static __always_inline void keep_from_entry(struct new_flow *nf, __u32 direction
 }
 
 /*
- * Writes one direction's entry; an entry that is there already keeps what it has seen of the connection. Finds the work space itself,
- * because before 6.2 the verifier takes no argument of a global function as a map's key or value. BPF_NOEXIST: 1 where somebody was
- * quicker.
+ * Writes one direction's entry; an entry that is there already keeps what it has seen of the connection, and its place in the table where
+ * nothing but that changes: a client that soon takes the same port again, or asks again. Finds the work space itself, because before 6.2
+ * the verifier takes no argument of a global function as a map's key or value. BPF_NOEXIST: 1 where somebody was quicker.
  */
 __noinline int store_direction(__u32 direction, __u64 how)
 {
@@ -353,13 +353,17 @@ __noinline int store_direction(__u32 direction, __u64 how)
 	if (!nf)
 		return -DROP_INVALID_CONFIG;
 	compose_entry(nf, direction);
-	if (nf->known) {
-		old = bpf_map_lookup_elem(&flows, &nf->key);
-		if (old)
-			keep_from_entry(nf, direction, old);
-	}
+	old = nf->fresh ? NULL : bpf_map_lookup_elem(&flows, &nf->key);
+	if (old && nf->known)
+		keep_from_entry(nf, direction, old);
 	if (nf->key.proto == IPPROTO_TCP && direction == (nf->reply ? REPLY : FORWARD) && !(nf->flags & FLOW_DENIED))
 		nf->entry.tcp = flow_tcp_after(nf->entry.tcp, nf->tcp_flags);
+	if (old && how != BPF_NOEXIST && flow_says_same(old, &nf->entry)) {
+		old->last_seen = nf->entry.last_seen;
+		old->tick = nf->entry.tick;
+		old->tcp = nf->entry.tcp;
+		return 0;
+	}
 	ret = bpf_map_update_elem(&flows, &nf->key, &nf->entry, how);
 	if (ret == -EEXIST)
 		return 1;

@@ -139,6 +139,24 @@ static __always_inline int flow_is_expired(__u8 proto, const struct flow *f, con
 	return (__s32)(now - seen) > (__s32)flow_timeout(proto, f, other);
 }
 
+/* What changes in an entry with every packet; the rest is as the slow path wrote it. */
+static const union {
+	struct flow f;
+	__u64 words[sizeof(struct flow) / 8];
+} flow_seen = {.f = {.last_seen = ~0U, .tcp = 0xff, .tick = 0xffff}};
+
+/* Do two entries say the same, but for when a packet was seen, and which? */
+static __always_inline int flow_says_same(const struct flow *a, const struct flow *b)
+{
+	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
+	__u64 differ = 0;
+
+#pragma unroll
+	for (__u32 i = 0; i < sizeof(struct flow) / 8; i++)
+		differ |= (x[i] ^ y[i]) & ~flow_seen.words[i];
+	return differ == 0;
+}
+
 /* The entry of the other direction, or NULL. */
 static __always_inline struct flow *flow_other(const struct flow *f)
 {

@@ -23,7 +23,22 @@
 /* With the ICMP header as much as one bpf_csum_diff takes; the whole message stays below 576 bytes, which every host takes. */
 #define TOO_BIG_QUOTE 504
 
+#define JUMBO_OPTION_LEN 8 /* the hop-by-hop header with nothing else in it */
 #define GSO_BY_FRAGS 0xffff /* SCTP: the sender has cut the segments already, each at its own length */
+
+/*
+ * Beyond 64 KiB (BIG TCP) the kernel says the length of an IPv6 packet in a jumbo option (RFC 2675), which no segment gets. Not all kernels
+ * write it.
+ */
+static __always_inline __u32 jumbo_option_len(struct __sk_buff *skb, const struct pkt *p)
+{
+	struct ipv6hdr *ip6;
+
+	if (p->l3_proto != ETH_P_IPV6)
+		return 0;
+	ip6 = pkt_at(skb, L3_OFF, sizeof(*ip6));
+	return ip6 && !ip6->payload_len && ip6->nexthdr == IPPROTO_HOPOPTS ? JUMBO_OPTION_LEN : 0;
+}
 
 /* A packet that a later step cuts into segments (GSO): how long will they be? Of a tunnel inside the outer headers alone are counted. */
 __noinline int segment_exceeds(struct __sk_buff *skb, struct pkt *p, __u32 mtu)
@@ -38,7 +53,7 @@ __noinline int segment_exceeds(struct __sk_buff *skb, struct pkt *p, __u32 mtu)
 		tcp = pkt_at(skb, p->l4_off, sizeof(*tcp));
 		if (!tcp)
 			return 0;
-		headers = p->l4_off - L3_OFF + (tcp->doff >> 4) * 4;
+		headers = p->l4_off - L3_OFF + (tcp->doff >> 4) * 4 - jumbo_option_len(skb, p);
 	}
 	return headers + skb->gso_size > mtu;
 }

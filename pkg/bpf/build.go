@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "5de1b24b7aa10607faf49def"
+const build = "a3389efe762e5663faf49def"

@@ -301,6 +301,10 @@ func (a *addition) chooseMTU() (int, error) {
 	return min(mtu, maxMTU), nil
 }
 
+// bigTCPSize is the largest packet of a pod with bigTCP, in bytes: between pods of a node twice the throughput of half of it, and well
+// below what a veth pair takes (512 KiB) and a packet's 17 fragments of 32 KiB hold.
+const bigTCPSize = 256 << 10
+
 // makeInterface makes the pair, both ends down.
 func (a *addition) makeInterface(context.Context) error {
 	id, name := a.args.ContainerID, a.args.IfName
@@ -314,6 +318,9 @@ func (a *addition) makeInterface(context.Context) error {
 	}
 	spec := link.VethSpec{
 		PodName: name, HostName: link.HostName(id, name), PodMAC: podMAC, HostMAC: hostMAC, MTU: a.mtu, HostNS: a.hostNS.FD(),
+	}
+	if a.conf.BigTCP {
+		spec.GSOMaxSize = bigTCPSize
 	}
 	podIndex, hostIndex, err := a.podLink.AddVeth(spec)
 	if errors.Is(err, link.ErrExists) {

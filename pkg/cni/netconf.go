@@ -43,6 +43,8 @@ type NetConf struct {
 
 	// MTU of the pod's interface in bytes; 0 means that of the device with the node's default route.
 	MTU int `json:"mtu,omitempty"`
+	// BigTCP lets the pod's own TCP make packets beyond 64 KiB; docs/design/0015-big-tcp.md says where that helps and where it harms.
+	BigTCP bool `json:"bigTCP,omitempty"`
 	// MAC of the pod's interface; empty means one derived from the container ID.
 	MAC string `json:"mac,omitempty"`
 	// PolicyPending is auto, deny, allow or wait; empty means auto.

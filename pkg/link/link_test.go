@@ -105,6 +105,15 @@ func TestAddVeth(t *testing.T) {
 			t.Errorf("addr_assign_type of %s = %s, want 3 (set by its maker, so that udev leaves it alone)", name, got)
 		}
 	}
+	for c, name := range map[*Conn]string{p.pod: "eth0", p.host: p.hostDev.Name} {
+		l, err := c.h.LinkByName(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if tx, rx := l.Attrs().NumTxQueues, l.Attrs().NumRxQueues; tx != vethQueues || rx != vethQueues {
+			t.Errorf("%s has %d and %d queues, want %d each", name, tx, rx, vethQueues)
+		}
+	}
 	if err := p.host.Delete(p.hostDev.Index); err != nil {
 		t.Fatal(err)
 	}

@@ -58,8 +58,15 @@ type VethSpec struct {
 	PodMAC  net.HardwareAddr
 	HostMAC net.HardwareAddr
 	MTU     int // bytes, of both ends
-	HostNS  int // open file descriptor of the host's namespace
+	// GSOMaxSize is how large a packet of several segments the pod's end takes, in bytes; 0: the kernel's 64 KiB. Kernels before 6.3 take it
+	// for IPv6 alone.
+	GSOMaxSize int
+	HostNS     int // open file descriptor of the host's namespace
 }
+
+// vethQueues is how many queues either end has. Without a number the kernel makes one for each possible CPU, takes all but one back, and waits
+// for RCU grace periods before it does.
+const vethQueues = 1
 
 // AddVeth makes the pair with one message: the pod's end in the namespace of c, the host's end in spec.HostNS. Both are down.
 // It returns the ifindex of either end. The error wraps ErrExists when one of the names is taken.
@@ -68,6 +75,8 @@ func (c *Conn) AddVeth(spec VethSpec) (pod, host int, err error) {
 	attrs.Name = spec.PodName
 	attrs.HardwareAddr = spec.PodMAC
 	attrs.MTU = spec.MTU
+	attrs.NumTxQueues, attrs.NumRxQueues = vethQueues, vethQueues // the library takes them for both ends
+	attrs.GSOMaxSize, attrs.GSOIPv4MaxSize = uint32(spec.GSOMaxSize), uint32(spec.GSOMaxSize)
 	veth := netlink.NewVeth(attrs)
 	veth.PeerName = spec.HostName
 	veth.PeerHardwareAddr = spec.HostMAC

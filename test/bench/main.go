@@ -24,8 +24,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	clusterbuild "github.com/margay-cni/margay/test/cluster/build"
 )
 
 func main() {
@@ -130,6 +128,7 @@ var sections = []section{
 	{"packet", benchPackets, false},
 	{"add", benchAdd, false},
 	{"traffic", benchTraffic, false},
+	{"big-tcp", benchBigTCP, false},
 	{"nodes", benchNodes, true},
 	{"services", benchServices, true},
 	{"nodeports", benchNodePorts, true},
@@ -188,9 +187,6 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 	b := &bench{options: o, node: n, report: newReport(o), log: log}
-	if proxied(o.only) {
-		b.report.version("kube-proxy " + clusterbuild.KubernetesVersion)
-	}
 	for _, s := range sections {
 		if !only.MatchString(s.name) {
 			continue

@@ -128,11 +128,16 @@ func (p place) addr(v6 bool) netip.Addr {
 
 // pod adds a pod through the plugin, dual stack.
 func (n *node) pod(ctx context.Context, name string) (place, *added, error) {
+	return n.podWith(ctx, name, nil)
+}
+
+// podWith adds keys to the plugin's configuration.
+func (n *node) podWith(ctx context.Context, name string, keys map[string]any) (place, *added, error) {
 	path, err := n.namespace(name)
 	if err != nil {
 		return place{}, nil, err
 	}
-	_, out, err := n.margay("pods", "10.244.0.0/16", "fd00:244::/64").run(ctx, "ADD", name, path)
+	_, out, err := n.margayWith(keys, "pods", "10.244.0.0/16", "fd00:244::/64").run(ctx, "ADD", name, path)
 	if err != nil {
 		return place{}, nil, err
 	}

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -14,9 +13,6 @@ import (
 )
 
 const trafficSection = "Pod to pod on one node"
-
-// Issue: with BIG TCP a stream between pods is faster than on a bare veth pair as the kernel makes it.
-const bigTarget = 1
 
 // benchTraffic measures real sockets: pod to pod, beside a bare veth pair and pods of others.
 func benchTraffic(ctx context.Context, b *bench) (err error) {
@@ -37,7 +33,6 @@ func benchTraffic(ctx context.Context, b *bench) (err error) {
 type trafficLab struct {
 	bench        *bench
 	margay, bare ends
-	big          *ends  // a bare pair that takes packets as large as Margay's pods do, if those are larger than the kernel's default
 	others       []ends // pods of other CNIs
 }
 
@@ -66,44 +61,36 @@ func (t *trafficLab) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	all := []*ends{&t.margay, &t.bare}
-	sizes, err := packetSizes(t.margay.client.path)
-	if err != nil {
-		return err
-	}
-	if sizes.big() {
-		t.big = &ends{name: "bare veth pair, BIG TCP"}
-		if t.big.client, t.big.server, err = n.barePair(1); err != nil {
-			return fmt.Errorf("make the bare pair for BIG TCP: %w", err)
-		}
-		if err := errors.Join(sizes.set(t.big.client.path), sizes.set(t.big.server.path)); err != nil {
-			return err
-		}
-		all = append(all, t.big)
-	}
 	for i := range t.others {
 		all = append(all, &t.others[i])
 	}
 	for _, e := range all {
-		if e.serverProcess, err = startServers(e.server); err != nil {
-			return err
-		}
-		if e.clientProcess, err = startPeer(e.client.path); err != nil {
+		if err := e.start(); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (t *trafficLab) stop() {
-	all := append([]ends{t.margay, t.bare}, t.others...)
-	if t.big != nil {
-		all = append(all, *t.big)
+// start starts the processes at both ends.
+func (e *ends) start() (err error) {
+	if e.serverProcess, err = startServers(e.server); err != nil {
+		return err
 	}
-	for _, e := range all {
-		for _, p := range []*peer{e.clientProcess, e.serverProcess} {
-			if p != nil {
-				p.stop()
-			}
+	e.clientProcess, err = startPeer(e.client.path)
+	return err
+}
+
+func (t *trafficLab) stop() {
+	for _, e := range append([]ends{t.margay, t.bare}, t.others...) {
+		e.stop()
+	}
+}
+
+func (e *ends) stop() {
+	for _, p := range []*peer{e.clientProcess, e.serverProcess} {
+		if p != nil {
+			p.stop()
 		}
 	}
 }
@@ -118,18 +105,6 @@ func (t *trafficLab) family(ctx context.Context, i int) error {
 	ours, bare := t.margay.runner(f.v6), t.bare.runner(f.v6)
 	runners := []*runner{ours, bare}
 	pairings := []pairing{{trafficSection, idOf(f.name), f.name, ours, bare, true, false}}
-	kinds := slices.Clone(kinds)
-	if t.big != nil {
-		theirs := t.big.runner(f.v6)
-		theirs.streams = true
-		runners = append(runners, theirs)
-		pairings = append(pairings, pairing{trafficSection, idOf(f.name), f.name, ours, theirs, false, true})
-		for i := range kinds {
-			if kinds[i].stream() {
-				kinds[i].target = bigTarget
-			}
-		}
-	}
 	for k := range t.others {
 		if !t.others[k].server.addr(f.v6).IsValid() || !t.others[k].client.addr(f.v6).IsValid() {
 			continue // a CNI of one family

@@ -3,6 +3,7 @@
 package program
 
 import (
+	"bytes"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -123,9 +124,22 @@ func TestRow12_SegmentsCount(t *testing.T) {
 			redirected(t, f, kind.String()+" in segments that fit", progtest.FromPod(f.A), super, hop(super))
 			f.GSOSize++
 			answered(t, f, kind.String()+" in segments that do not", progtest.FromPod(f.A), super, super.Bytes())
+			if v6 && kind == pkt.TCP {
+				f.GSOSize--
+				got := f.Run(t, progtest.FromPod(f.A), jumbo(super))
+				if got.Action != progtest.Redirect || !bytes.Equal(got.Out, jumbo(hop(super))) {
+					t.Errorf("with a jumbo option, in segments that fit: action %d, drops %v", got.Action, got.Drops)
+				}
+			}
 			f.GSOSize = 0
 		}
 	}
+}
+
+// jumbo is an IPv6 packet as BIG TCP hands it on: with a hop-by-hop header more, whose option has the length (RFC 2675), and none in its own.
+func jumbo(p pkt.Packet) []byte {
+	frame := pkt.With(pkt.WithOptions(p.Bytes(), 0), pkt.L3+4, 0, 0)
+	return pkt.With(frame, pkt.L4v6+2, 0xc2, 4, 0, 0, byte((len(frame)-pkt.L4v6)>>8), byte(len(frame)-pkt.L4v6))
 }
 
 // An error is never answered with an error.
