@@ -136,6 +136,9 @@ var sections = []section{
 	{"agent-start", benchAgentStart, false},
 	{"agent-change", benchAgentChange, false},
 	{"agent-memory", benchAgentMemory, false},
+	{"agent-policy", benchPolicyChange, false},
+	{"rules", benchRules, false},
+	{"sweep", benchSweep, false},
 }
 
 func sectionNames() string {
