@@ -30,8 +30,9 @@ KERNELS ?= 6.1 6.12
 # Flags for bin/margay-install, for example INSTALL_FLAGS='--bin-dir /usr/local/bin'.
 INSTALL_FLAGS ?=
 
-BINARIES := margay margay-ipam margay-agent margayctl margay-install
+BINARIES := margay margay-loader margay-ipam margay-agent margayctl margay-install
 main_margay := ./plugin
+main_margay-loader := ./plugin/loader
 main_margay-ipam := ./ipam
 main_margay-agent := ./agent
 main_margayctl := ./ctl

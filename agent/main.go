@@ -23,6 +23,7 @@ import (
 	"github.com/margay-cni/margay/pkg/agent"
 	"github.com/margay-cni/margay/pkg/cni"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 	"github.com/margay-cni/margay/pkg/state"
 )
 
@@ -58,7 +59,7 @@ type options struct {
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
-	o := options{datapath: datapath.DefaultConfig()}
+	o := options{datapath: pins.DefaultConfig()}
 	o.datapath.Sizes = map[string]uint32{}
 	hostname, _ := os.Hostname() // an empty name is refused below, with the flag that cures it
 
@@ -176,7 +177,7 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		HostPorts:         d,
 		Attach:            d,
 		Sweep:             d,
-		Collect:           cni.NewCollector(o.datapath, log),
+		Collect:           cni.NewCollector(o.datapath, cni.Loader{Load: datapath.Load, RemoveUnusedPrograms: datapath.RemoveUnusedPrograms}, log),
 		Devices:           devices,
 		Reach:             o.reach,
 		ServiceReturn:     o.serviceReturn,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // attachments says whether the programs of the pinned build are on a device: nil when they are.
@@ -26,7 +27,7 @@ func (opened) NetdevPrograms(ifindex int) []string { return datapath.NetdevProgr
 // openDatapath opens this build's programs.
 func openDatapath(cfg datapath.Config) (*datapath.Datapath, error) {
 	d, err := datapath.Open(cfg)
-	if errors.Is(err, datapath.ErrNotLoaded) {
+	if errors.Is(err, pins.ErrNotLoaded) {
 		return nil, fmt.Errorf("the pinned programs are not those of this margayctl's build (%w): whether devices carry them is not known", err)
 	}
 	return d, err

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 func main() {
@@ -70,8 +71,8 @@ func newRoot(a *app) *cobra.Command {
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	flags := root.PersistentFlags()
-	flags.StringVar(&a.node.BPFFS, "bpffs", datapath.DefaultBPFFS, "directory of Margay's pins")
-	flags.StringVar(&a.node.Run, "run", datapath.DefaultRun, "directory of Margay's run time files")
+	flags.StringVar(&a.node.BPFFS, "bpffs", pins.DefaultBPFFS, "directory of Margay's pins")
+	flags.StringVar(&a.node.Run, "run", pins.DefaultRun, "directory of Margay's run time files")
 	flags.StringVarP(&a.output, "output", "o", "table", "output format: table or json")
 	root.AddCommand(
 		newStatus(a), newNodes(a), newEndpoints(a), newServices(a), newFlows(a), newPolicy(a), newDrops(a),

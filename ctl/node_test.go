@@ -24,6 +24,7 @@ import (
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -107,7 +108,7 @@ func pinSpec(t *testing.T, n *testNode, name string, spec *ebpf.MapSpec) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { m.Close() })
-	if err := m.Pin(datapath.MapPath(datapath.Config{BPFFS: n.bpffs}, name)); err != nil {
+	if err := m.Pin(pins.MapPath(datapath.Config{BPFFS: n.bpffs}, name)); err != nil {
 		t.Fatal(err)
 	}
 	n.maps[name] = m

@@ -12,8 +12,8 @@ import (
 	"github.com/cilium/ebpf"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // Where an address is.
@@ -39,7 +39,7 @@ type places struct {
 
 // openIfThere opens a map, or returns nil where it is not pinned: the datapath is older.
 func openIfThere(s *source, name string) (*ebpf.Map, error) {
-	if _, err := os.Stat(datapath.MapPath(s.node, name)); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(pins.MapPath(s.node, name)); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	return s.openMap(name)

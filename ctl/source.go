@@ -15,6 +15,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // source opens pinned maps for one command and closes them after it.
@@ -29,7 +30,7 @@ func (a *app) source() *source {
 
 // openMap opens a pinned map by its name. A missing pin is explained: nothing there at all, or only this one.
 func (s *source) openMap(name string) (*ebpf.Map, error) {
-	m, err := ebpf.LoadPinnedMap(datapath.MapPath(s.node, name), nil)
+	m, err := ebpf.LoadPinnedMap(pins.MapPath(s.node, name), nil)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && !s.loaded():
 		return nil, s.notLoaded()

@@ -16,9 +16,9 @@ import (
 	"github.com/margay-cni/margay/conf"
 )
 
-// What goes into the runtime's plugin directory, and what people run.
+// What goes into the runtime's plugin directory, and what people run. The loader comes before the plugin that runs it.
 var (
-	plugins = []string{"margay", "margay-ipam"}
+	plugins = []string{"margay-loader", "margay", "margay-ipam"}
 	tools   = []string{"margay-agent", "margayctl", "margay-install"}
 )
 

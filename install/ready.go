@@ -12,13 +12,12 @@ import (
 	"io/fs"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/cni"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // lookAgain is how often --wait looks whether ADD can serve.
@@ -82,7 +81,7 @@ func pluginReady(ctx context.Context, o *options, network string, stdin map[stri
 	if err != nil {
 		return err
 	}
-	d, err := datapath.Open(datapath.Config{BPFFS: bpffs, Run: run, ForPods: true})
+	d, err := pins.Open(pins.Config{BPFFS: bpffs, Run: run})
 	if err != nil {
 		return fmt.Errorf("%w: the agent loads it; look at its log", err)
 	}
@@ -98,7 +97,7 @@ func pluginReady(ctx context.Context, o *options, network string, stdin map[stri
 	if err != nil {
 		return err
 	}
-	return cni.New(io.Discard).Status(ctx, &skel.CmdArgs{StdinData: config})
+	return cni.New(io.Discard).Status(ctx, &cni.Args{StdinData: config})
 }
 
 // requireBPFFS refuses a node without a BPF file system. A container that mounted one would have it alone: its pins would be none of the

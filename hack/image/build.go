@@ -20,7 +20,7 @@ import (
 )
 
 // binaries are what is in /usr/bin of the image, and all that is executable there: there is no shell.
-var binaries = []string{"margay", "margay-agent", "margay-install", "margay-ipam", "margayctl"}
+var binaries = []string{"margay", "margay-agent", "margay-install", "margay-ipam", "margay-loader", "margayctl"}
 
 // directories exist in the image. What the DaemonSet mounts is made by the runtime.
 var directories = []string{"run/", "usr/", "usr/bin/", "usr/share/", "usr/share/licenses/", "usr/share/licenses/margay/", "var/"}

@@ -121,7 +121,7 @@ func TestContents(t *testing.T) {
 		"-r-xr-xr-x usr/bin/margay",
 		"-r-xr-xr-x usr/bin/margay-agent",
 		"-r-xr-xr-x usr/bin/margay-install",
-		"-r-xr-xr-x usr/bin/margay-ipam",
+		"-r-xr-xr-x usr/bin/margay-ipam", "-r-xr-xr-x usr/bin/margay-loader",
 		"-r-xr-xr-x usr/bin/margayctl",
 		"Lrwxrwxrwx var/run ../run",
 		"drwxr-xr-x run/",

@@ -126,6 +126,14 @@ func (t *fakeTable[K, V]) Load() (map[K]V, error) {
 	return maps.Clone(t.entries), nil
 }
 
+func (t *fakeTable[K, V]) Each(see func(K, V)) (once bool, err error) {
+	all, err := t.Load()
+	for k, v := range all {
+		see(k, v)
+	}
+	return true, err
+}
+
 func (t *fakeTable[K, V]) Put(k K, v V) error {
 	if _, ok := t.entries[k]; !ok && len(t.entries) >= t.max {
 		return ErrFull

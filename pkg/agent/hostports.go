@@ -7,26 +7,26 @@ import (
 	"slices"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/flow"
+	"github.com/margay-cni/margay/pkg/pins"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
 )
 
 // HostPorts makes and removes frontends that lead to single pods (pkg/datapath implements it). They are the plugin's; the agent repairs them.
 type HostPorts interface {
-	PutHostPort(p datapath.HostPort) error
-	DeleteHostPort(p datapath.HostPort) error
+	PutHostPort(p pins.HostPort) error
+	DeleteHostPort(p pins.HostPort) error
 }
 
 // leaveHostPorts keeps the mirrors of the services from what is the plugin's.
 func (m *mirrors) leaveHostPorts() {
-	m.services.pods = func(_ bpf.FrontendKey, s bpf.Service) bool { return datapath.IsHostPort(s.Id) }
+	m.services.pods = func(_ bpf.FrontendKey, s bpf.Service) bool { return pins.IsHostPort(s.Id) }
 	m.backends.pods = func(k bpf.BackendKey, _ bpf.Backend) bool {
-		return k.List >= bpf.HostPortList && datapath.IsHostPort(k.List-bpf.HostPortList)
+		return k.List >= bpf.HostPortList && pins.IsHostPort(k.List-bpf.HostPortList)
 	}
-	m.members.pods = func(k bpf.ServiceBackend, _ uint32) bool { return datapath.IsHostPort(k.ServiceId) }
+	m.members.pods = func(k bpf.ServiceBackend, _ uint32) bool { return pins.IsHostPort(k.ServiceId) }
 }
 
 // wantedHostPort is a hostPort with the record that names it.
@@ -47,8 +47,8 @@ func wantedHostPorts(records []*endpoint.Record) map[bpf.FrontendKey]wantedHostP
 	return want
 }
 
-func (w wantedHostPort) mapForm() datapath.HostPort {
-	return datapath.HostPort{
+func (w wantedHostPort) mapForm() pins.HostPort {
+	return pins.HostPort{
 		ID: w.ID, Frontend: bpf.NewFrontendKey(w.ProtocolNumber(), w.Host.Addr(), w.Host.Port()), Backend: w.Pod,
 	}
 }
@@ -80,7 +80,7 @@ func (p *pipeline) applyHostPorts() {
 }
 
 // isThere says whether the maps had all of the hostPort when they were read.
-func (p *pipeline) isThere(hp datapath.HostPort) bool {
+func (p *pipeline) isThere(hp pins.HostPort) bool {
 	slot := bpf.BackendKey{List: bpf.HostPortList + hp.ID}
 	_, member := p.m.members.others[bpf.NewServiceBackend(hp.ID, hp.Backend)]
 	return member && p.m.services.others[hp.Frontend] == hp.Service() && p.m.backends.others[slot] == bpf.NewBackend(hp.Backend)
@@ -141,14 +141,14 @@ func (p *pipeline) removeHostPortLeaks() {
 			known[hp.ID] = true
 		}
 	}
-	leaks := map[uint32]datapath.HostPort{}
+	leaks := map[uint32]pins.HostPort{}
 	for k, v := range p.m.backends.others {
 		id := k.List - bpf.HostPortList
-		leaks[id] = datapath.HostPort{ID: id, Backend: v.AddrPort()}
+		leaks[id] = pins.HostPort{ID: id, Backend: v.AddrPort()}
 	}
 	for k := range p.m.members.others {
 		if leak, ok := leaks[k.ServiceId]; !ok || !leak.Backend.IsValid() {
-			leaks[k.ServiceId] = datapath.HostPort{ID: k.ServiceId, Backend: k.AddrPort()}
+			leaks[k.ServiceId] = pins.HostPort{ID: k.ServiceId, Backend: k.AddrPort()}
 		}
 	}
 	for k, s := range p.m.services.others {

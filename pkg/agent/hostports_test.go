@@ -18,13 +18,14 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf/object"
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 	"github.com/margay-cni/margay/pkg/state"
 )
 
-func (k *fakeKernel) PutHostPort(p datapath.HostPort) error {
+func (k *fakeKernel) PutHostPort(p pins.HostPort) error {
 	slot := bpf.BackendKey{List: bpf.HostPortList + p.ID}
 	if b, taken := k.backends.entries[slot]; taken && b != bpf.NewBackend(p.Backend) {
-		return datapath.ErrHostPortID
+		return pins.ErrHostPortID
 	}
 	if err := k.backends.Put(slot, bpf.NewBackend(p.Backend)); err != nil {
 		return err
@@ -33,12 +34,12 @@ func (k *fakeKernel) PutHostPort(p datapath.HostPort) error {
 		return err
 	}
 	if s, taken := k.services.entries[p.Frontend]; taken && s.Id != p.ID {
-		return datapath.ErrFrontendTaken
+		return pins.ErrFrontendTaken
 	}
 	return k.services.Put(p.Frontend, p.Service())
 }
 
-func (k *fakeKernel) DeleteHostPort(p datapath.HostPort) error {
+func (k *fakeKernel) DeleteHostPort(p pins.HostPort) error {
 	if s, ok := k.services.entries[p.Frontend]; ok && s.Id == p.ID {
 		if err := k.services.Delete(p.Frontend, s); err != nil {
 			return err
@@ -55,17 +56,17 @@ func (k *fakeKernel) DeleteHostPort(p datapath.HostPort) error {
 func (k *fakeKernel) hostPorts() map[string][]uint32 {
 	ids := map[string][]uint32{}
 	for _, s := range k.services.entries {
-		if datapath.IsHostPort(s.Id) {
+		if pins.IsHostPort(s.Id) {
 			ids["services"] = append(ids["services"], s.Id)
 		}
 	}
 	for b := range k.backends.entries {
-		if datapath.IsHostPort(b.List - bpf.HostPortList) {
+		if pins.IsHostPort(b.List - bpf.HostPortList) {
 			ids["backends"] = append(ids["backends"], b.List-bpf.HostPortList)
 		}
 	}
 	for m := range k.members.entries {
-		if datapath.IsHostPort(m.ServiceId) {
+		if pins.IsHostPort(m.ServiceId) {
 			ids["members"] = append(ids["members"], m.ServiceId)
 		}
 	}
@@ -173,7 +174,7 @@ func TestM3_HostPortSurvivesEveryRound(t *testing.T) {
 		}
 	}
 	for _, s := range r.wantService.services {
-		if datapath.IsHostPort(s.Id) || s.List[0] >= bpf.HostPortList {
+		if pins.IsHostPort(s.Id) || s.List[0] >= bpf.HostPortList {
 			t.Errorf("service %+v has a hostPort's numbers", s)
 		}
 	}
@@ -264,7 +265,7 @@ func TestM3_HostPortAndNodePortOfOneNumber(t *testing.T) {
 		rec := r.hostPortPod(30080)
 		r.plugin(rec)
 		r.give(nodePort(30080), rec)
-		if s := k.services.entries[frontend]; !datapath.IsHostPort(s.Id) {
+		if s := k.services.entries[frontend]; !pins.IsHostPort(s.Id) {
 			t.Errorf("frontend = %+v, want the hostPort's", s)
 		}
 		want := "Service default/web: TCP NodePort 30080 (IPv4) is taken by a hostPort of pod default/web"
@@ -278,7 +279,7 @@ func TestM3_HostPortAndNodePortOfOneNumber(t *testing.T) {
 			}
 		}
 		r.give(nodePort(30080))
-		if s, ok := k.services.entries[frontend]; !ok || datapath.IsHostPort(s.Id) || len(r.last.Problems) != 0 {
+		if s, ok := k.services.entries[frontend]; !ok || pins.IsHostPort(s.Id) || len(r.last.Problems) != 0 {
 			t.Errorf("frontend after DEL = %+v, %v, problems = %q: want the NodePort's and none", s, ok, r.last.Problems)
 		}
 	})
@@ -309,7 +310,7 @@ func TestM3_HostPortIsNotOverwrittenInTheKernel(t *testing.T) {
 	defer m.Close()
 	table := KernelTables(&datapath.Maps{Services: m}).Services
 	k := bpf.NewFrontendKey(6, netip.IPv6Unspecified(), 30080)
-	theirs := datapath.HostPort{ID: bpf.HostPortFirst, Frontend: k}.Service()
+	theirs := pins.HostPort{ID: bpf.HostPortFirst, Frontend: k}.Service()
 	if err := m.Update(&k, &theirs, ebpf.UpdateAny); err != nil {
 		t.Fatal(err)
 	}

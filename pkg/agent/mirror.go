@@ -48,26 +48,58 @@ func newMirror[K, V comparable](name string, table Table[K, V], log *slog.Logger
 	return &mirror[K, V]{name: name, table: table, log: log}
 }
 
-// load replaces have by what the kernel holds. After an error have is what it was.
+// load makes have what the kernel holds. After an error have is what it was. Usually the kernel holds what it held: then have is only compared,
+// because the maps are large, and others to put in their place would be as large.
 func (m *mirror[K, V]) load() error {
-	have, err := m.table.Load()
-	if err != nil {
-		err = fmt.Errorf("load map %s: %w", m.name, err)
-		m.fail(err)
-		return err
-	}
-	m.have, m.others, m.differ = have, nil, nil
-	if m.pods == nil {
-		return nil
-	}
-	m.others = map[K]V{}
-	for k, v := range have {
-		if m.pods(k, v) {
-			m.others[k] = v
-			delete(have, k)
+	if m.have != nil {
+		unchanged, err := m.verify()
+		if err != nil {
+			return m.unread(err)
+		}
+		if unchanged {
+			m.differ = nil
+			return nil
 		}
 	}
+	have, others := map[K]V{}, map[K]V(nil)
+	_, err := m.table.Each(func(k K, v V) {
+		if m.pods == nil || !m.pods(k, v) {
+			have[k] = v
+			return
+		}
+		if others == nil {
+			others = map[K]V{}
+		}
+		others[k] = v
+	})
+	if err != nil {
+		return m.unread(err)
+	}
+	m.have, m.others, m.differ = have, others, nil
 	return nil
+}
+
+func (m *mirror[K, V]) unread(err error) error {
+	err = fmt.Errorf("load map %s: %w", m.name, err)
+	m.fail(err)
+	return err
+}
+
+// verify reports whether the kernel holds just what it is known to hold.
+func (m *mirror[K, V]) verify() (bool, error) {
+	same, differs := 0, false
+	once, err := m.table.Each(func(k K, v V) {
+		known := m.have
+		if m.pods != nil && m.pods(k, v) {
+			known = m.others
+		}
+		if before, ok := known[k]; ok && before == v {
+			same++
+		} else {
+			differs = true
+		}
+	})
+	return once && !differs && same == len(m.have)+len(m.others), err
 }
 
 // compare finds where have is not want, unless that is known already.

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -190,6 +191,8 @@ type pipeline struct {
 
 	round Round
 	retry time.Duration
+	// memorySettled says that what the start took has been given back.
+	memorySettled bool
 }
 
 // newPipeline makes a pipeline that has not done anything yet. incomplete is the source's.
@@ -278,6 +281,16 @@ func (p *pipeline) run(ctx context.Context) error {
 		if d := p.work(whole); d > 0 {
 			again.Reset(d)
 		}
+		p.settleMemory()
+	}
+}
+
+// settleMemory gives back, once, what it took to read everything and to compile and write all of it, which is several times what is kept.
+// The runtime alone would take minutes.
+func (p *pipeline) settleMemory() {
+	if !p.memorySettled && !p.round.Written.IsZero() && !p.round.Held {
+		p.memorySettled = true
+		go debug.FreeOSMemory()
 	}
 }
 

@@ -13,8 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
 )
@@ -156,23 +156,23 @@ func TestPendingIsPublishedForScheduledPods(t *testing.T) {
 	s.NetworkPolicies[deny.Key] = deny
 	r.give(s)
 	got := k.pending.entries
-	pod, ok := got[datapath.PendingKeyOf("shop", "here", "u1")]
+	pod, ok := got[pins.PendingKeyOf("shop", "here", "u1")]
 	if !ok || pod.Flags != bpf.PendingPod || pod.PolicyId[0] < bpf.PolicyFirst || pod.PolicyId[1] < bpf.PolicyFirst {
 		t.Errorf("pending of the pod scheduled here = %+v, %v, want its own policies", pod, ok)
 	}
-	if e, ok := got[datapath.PendingKeyOf("shop", "there", "u2")]; ok {
+	if e, ok := got[pins.PendingKeyOf("shop", "there", "u2")]; ok {
 		t.Errorf("pending of a pod of another node = %+v, want none", e)
 	}
 	restricted := bpf.Pending{Identity: bpf.IdentityPodUnknown, PolicyId: [2]uint32{bpf.PolicyNodeOnly, bpf.PolicyNodeOnly}, Flags: bpf.PendingRestricted}
 	open := bpf.Pending{Identity: bpf.IdentityPodUnknown, Flags: bpf.PendingOpen}
 	for namespace, want := range map[string]bpf.Pending{"shop": restricted, "open": open, "": restricted} {
-		if diff := cmp.Diff(want, got[datapath.PendingKeyOf(namespace, "", "")]); diff != "" {
+		if diff := cmp.Diff(want, got[pins.PendingKeyOf(namespace, "", "")]); diff != "" {
 			t.Errorf("summary of namespace %q (-want +got):\n%s", namespace, diff)
 		}
 	}
 	s = state.NewSnapshot()
 	r.give(s)
-	want := map[bpf.PendingKey]bpf.Pending{datapath.PendingKeyOf("", "", ""): open}
+	want := map[bpf.PendingKey]bpf.Pending{pins.PendingKeyOf("", "", ""): open}
 	if diff := cmp.Diff(want, k.pending.entries); diff != "" {
 		t.Errorf("pending without pods and policies (-want +got):\n%s", diff)
 	}

@@ -11,12 +11,13 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // Table is one map of the kernel as the pipeline uses it.
 type Table[K, V comparable] interface {
-	// Load reads every entry.
-	Load() (map[K]V, error)
+	// Each shows every entry. It reports whether none was shown twice, as far as nobody else changes the map meanwhile.
+	Each(see func(K, V)) (once bool, err error)
 	// Put creates or replaces an entry; an error that wraps ErrFull says that the map has no room.
 	Put(k K, v V) error
 	// Replace changes the entry had into v; an error that wraps ErrChanged says that there is no such entry any more.
@@ -75,27 +76,28 @@ const (
 	loadBatch = 4096
 )
 
-// Load reads the map in batches, or entry by entry where the kernel knows no batches for its type.
-func (t kernelTable[K, V]) Load() (map[K]V, error) {
+// Each reads the map in batches, or entry by entry where the kernel knows no batches for its type.
+func (t kernelTable[K, V]) Each(see func(K, V)) (once bool, err error) {
 	var (
-		out    = map[K]V{}
 		cursor ebpf.MapBatchCursor
 		keys   = make([]K, loadFirst)
 		values = make([]V, loadFirst)
+		seen   int
 	)
 	for {
 		n, err := t.m.BatchLookup(&cursor, keys, values, nil)
 		for i := range n {
-			out[keys[i]] = values[i]
+			see(keys[i], values[i])
 		}
+		seen += n
 		switch {
 		case errors.Is(err, ebpf.ErrKeyNotExist):
-			return out, nil
+			return true, nil
 		case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSPC):
 			// ENOSPC: a bucket of the hash holds more than fits the batch.
-			return t.loadEach()
+			return seen == 0, t.oneByOne(see)
 		case err != nil:
-			return nil, fmt.Errorf("read map: %w", err)
+			return false, fmt.Errorf("read map: %w", err)
 		}
 		if len(keys) < loadBatch {
 			keys, values = make([]K, 2*len(keys)), make([]V, 2*len(values))
@@ -103,20 +105,19 @@ func (t kernelTable[K, V]) Load() (map[K]V, error) {
 	}
 }
 
-func (t kernelTable[K, V]) loadEach() (map[K]V, error) {
+func (t kernelTable[K, V]) oneByOne(see func(K, V)) error {
 	var (
-		out = map[K]V{}
-		k   K
-		v   V
-		it  = t.m.Iterate()
+		k  K
+		v  V
+		it = t.m.Iterate()
 	)
 	for it.Next(&k, &v) {
-		out[k] = v
+		see(k, v)
 	}
 	if err := it.Err(); err != nil {
-		return nil, fmt.Errorf("read map: %w", err)
+		return fmt.Errorf("read map: %w", err)
 	}
-	return out, nil
+	return nil
 }
 
 // Put creates or replaces an entry.
@@ -163,16 +164,14 @@ type arrayTable[V comparable] struct {
 	kernelTable[uint32, V]
 }
 
-// Load reads every element that is not zero.
-func (t arrayTable[V]) Load() (map[uint32]V, error) {
-	all, err := t.kernelTable.Load()
+// Each shows every element that is not zero.
+func (t arrayTable[V]) Each(see func(uint32, V)) (once bool, err error) {
 	var zero V
-	for k, v := range all {
-		if v == zero {
-			delete(all, k)
+	return t.kernelTable.Each(func(k uint32, v V) {
+		if v != zero {
+			see(k, v)
 		}
-	}
-	return all, err
+	})
 }
 
 // Delete makes the element zero.
@@ -197,7 +196,7 @@ func (t serviceTable) Put(k bpf.FrontendKey, v bpf.Service) error {
 	if err := t.m.Lookup(&k, &have); err != nil {
 		return classify(err)
 	}
-	if datapath.IsHostPort(have.Id) {
+	if pins.IsHostPort(have.Id) {
 		return fmt.Errorf("%w: a hostPort has it", ErrChanged)
 	}
 	return classify(t.m.Update(&k, &v, ebpf.UpdateExist))

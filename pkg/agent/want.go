@@ -8,8 +8,8 @@ import (
 	"net/netip"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 	"github.com/margay-cni/margay/pkg/policy"
 	"github.com/margay-cni/margay/pkg/service"
 	"github.com/margay-cni/margay/pkg/state"
@@ -148,15 +148,15 @@ func newPolicyMaps(r *policy.Result, scheduled map[state.Key]*state.Pod) policyM
 	}
 	for key, a := range r.Pods {
 		if pod := scheduled[key]; pod != nil {
-			w.pending[datapath.PendingKeyOf(key.Namespace, key.Name, pod.UID)] = bpf.Pending{
+			w.pending[pins.PendingKeyOf(key.Namespace, key.Name, pod.UID)] = bpf.Pending{
 				Identity: a.Identity, PolicyId: a.Policy, Flags: bpf.PendingPod,
 			}
 		}
 	}
 	for namespace, restricted := range r.Restricted {
-		w.pending[datapath.PendingKeyOf(namespace, "", "")] = summary(restricted)
+		w.pending[pins.PendingKeyOf(namespace, "", "")] = summary(restricted)
 	}
-	w.pending[datapath.PendingKeyOf("", "", "")] = summary(r.RestrictedElsewhere)
+	w.pending[pins.PendingKeyOf("", "", "")] = summary(r.RestrictedElsewhere)
 	return w
 }
 

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "5de1b24b7aa10607310a56c1"
+const build = "5de1b24b7aa10607faf49def"

@@ -13,6 +13,7 @@ const (
 	ProgToOverlay    = "to_overlay"
 	ProgFromHost     = "from_host"
 	ProgToLoopback   = "to_loopback"
+	ProgSweepFlow    = "sweep_flow"
 	ProgSweepFlows   = "sweep_flows"
 )
 

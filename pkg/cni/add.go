@@ -10,7 +10,6 @@ import (
 	"net"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
@@ -55,7 +54,7 @@ type step struct {
 // Add connects a pod: it makes the interface, or with prevResult adopts the one that is there. It is a transaction: a failed ADD undoes
 // what it did. Nothing the pod sends or receives passes before its programs are attached and its endpoint is registered with its policy,
 // because the interface gets its addresses, and goes up, only afterwards.
-func (p *Plugin) Add(ctx context.Context, args *skel.CmdArgs) (err error) {
+func (p *Plugin) Add(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at != nil {
 		defer at.done("ADD", time.Now(), &err)
@@ -146,7 +145,7 @@ func (a *addition) openNamespaces(context.Context) (err error) {
 }
 
 // overrides says whether the runtime allows the pod's namespace to be the plugin's (CNI_NETNS_OVERRIDE).
-func overrides(args *skel.CmdArgs) bool {
+func overrides(args *Args) bool {
 	switch args.NetnsOverride {
 	case "1", "true", "TRUE", "True":
 		return true

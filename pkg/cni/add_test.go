@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
@@ -192,7 +191,7 @@ func TestFaultOfThePartsLeavesNothing(t *testing.T) {
 }
 
 // kill runs ADD up to the end of a step and stops there as kill -9 does: nothing is rolled back.
-func (n *node) kill(step string, args *skel.CmdArgs) {
+func (n *node) kill(step string, args *Args) {
 	n.t.Helper()
 	n.after = func(s string) error {
 		if s == step {
@@ -316,19 +315,19 @@ func TestAddRefusesAnInterfaceThatExists(t *testing.T) {
 func TestAddEnvironment(t *testing.T) {
 	n, pod := newNode(t), netnstest.New(t)
 	for name, c := range map[string]struct {
-		change func(*skel.CmdArgs)
+		change func(*Args)
 		code   uint
 	}{
-		"no such namespace":        {func(a *skel.CmdArgs) { a.Netns = "/run/netns/none" }, 8},
-		"file that is none":        {func(a *skel.CmdArgs) { a.Netns = "/etc/hosts" }, 8},
-		"the plugin's own":         {func(a *skel.CmdArgs) { a.Netns = n.ns.Path() }, 8},
-		"unknown argument":         {func(a *skel.CmdArgs) { a.Args = "X=1" }, 4},
-		"container ID with slash":  {func(a *skel.CmdArgs) { a.ContainerID = "a/b" }, 4},
-		"bad MAC in CNI_ARGS":      {func(a *skel.CmdArgs) { a.Args = "MAC=zz" }, 4},
-		"missing IPAM plugin":      {func(a *skel.CmdArgs) { a.StdinData = n.conf(nil, set("ipam", map[string]any{"type": "nobody"})) }, 7},
-		"MTU too small for IPv6":   {func(a *skel.CmdArgs) { a.StdinData = n.conf([]string{range6}, set("mtu", 1000)) }, 7},
-		"run directory is a file":  {func(a *skel.CmdArgs) { a.StdinData = n.conf([]string{range4}, set("runDir", "/etc/hosts")) }, 5},
-		"configuration is no JSON": {func(a *skel.CmdArgs) { a.StdinData = []byte(`{`) }, 6},
+		"no such namespace":        {func(a *Args) { a.Netns = "/run/netns/none" }, 8},
+		"file that is none":        {func(a *Args) { a.Netns = "/etc/hosts" }, 8},
+		"the plugin's own":         {func(a *Args) { a.Netns = n.ns.Path() }, 8},
+		"unknown argument":         {func(a *Args) { a.Args = "X=1" }, 4},
+		"container ID with slash":  {func(a *Args) { a.ContainerID = "a/b" }, 4},
+		"bad MAC in CNI_ARGS":      {func(a *Args) { a.Args = "MAC=zz" }, 4},
+		"missing IPAM plugin":      {func(a *Args) { a.StdinData = n.conf(nil, set("ipam", map[string]any{"type": "nobody"})) }, 7},
+		"MTU too small for IPv6":   {func(a *Args) { a.StdinData = n.conf([]string{range6}, set("mtu", 1000)) }, 7},
+		"run directory is a file":  {func(a *Args) { a.StdinData = n.conf([]string{range4}, set("runDir", "/etc/hosts")) }, 5},
+		"configuration is no JSON": {func(a *Args) { a.StdinData = []byte(`{`) }, 6},
 	} {
 		t.Run(name, func(t *testing.T) {
 			before := n.state()

@@ -9,7 +9,6 @@ import (
 	"os"
 	"testing"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
 
@@ -22,7 +21,7 @@ var adoptSteps = []string{"open namespaces", "ensure datapath", "read policy", "
 	"print result"}
 
 // adopted makes what an earlier plugin of the list would have made, and returns the arguments of an ADD that finds it.
-func (n *node) adopted(pod *netnstest.NS) *skel.CmdArgs {
+func (n *node) adopted(pod *netnstest.NS) *Args {
 	n.t.Helper()
 	podNS, err := os.Open(pod.Path())
 	if err != nil {

@@ -27,6 +27,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/internal/testutil/privileged"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // The tests of this file run the built plugin through libcni, with the shipped programs over maps of their own.
@@ -64,7 +65,9 @@ func binaries(t *testing.T, reference bool) string {
 		if build.dir, build.margay = os.MkdirTemp("", "margay-cni-test"); build.margay != nil {
 			return
 		}
-		build.margay = goCommand("build", "-o", filepath.Join(build.dir, "margay"), "github.com/margay-cni/margay/plugin")
+		build.margay = errors.Join(
+			goCommand("build", "-o", filepath.Join(build.dir, "margay"), "github.com/margay-cni/margay/plugin"),
+			goCommand("build", "-o", filepath.Join(build.dir, "margay-loader"), "github.com/margay-cni/margay/plugin/loader"))
 		build.reference = goCommand(append([]string{"build", "-o", build.dir + "/"}, referencePlugins...)...)
 	})
 	if build.margay != nil {
@@ -105,7 +108,7 @@ func newRealNode(t *testing.T, reference bool) *realNode {
 		}
 	})
 	n.ns.Do(func() {
-		d, err := datapath.Ensure(context.Background(), datapath.Config{BPFFS: n.bpffs, Run: n.run})
+		d, err := datapath.Ensure(context.Background(), pins.Config{BPFFS: n.bpffs, Run: n.run})
 		if err != nil {
 			t.Fatal(err)
 		}

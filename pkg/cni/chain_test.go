@@ -15,6 +15,7 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // The chain as clusters have it: our interface, then the plugins that change it.
@@ -88,7 +89,7 @@ func TestBehindAnotherPlugin(t *testing.T) {
 					t.Errorf("endpoints = %v, want both pods' addresses", got)
 				}
 				n.ns.Do(func() {
-					d, err := datapath.Open(datapath.Config{BPFFS: n.bpffs, Run: n.run})
+					d, err := datapath.Open(pins.Config{BPFFS: n.bpffs, Run: n.run})
 					if err != nil {
 						t.Fatal(err)
 					}

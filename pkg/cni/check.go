@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
@@ -36,7 +35,7 @@ type inspection struct {
 
 // Check compares what ADD did with what is there: record, prevResult, both devices, addresses, routes, neighbours, map entries, programs and
 // the lease. What plugins behind us added is left alone.
-func (p *Plugin) Check(ctx context.Context, args *skel.CmdArgs) (err error) {
+func (p *Plugin) Check(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at == nil {
 		return err

@@ -13,13 +13,11 @@ import (
 	"maps"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
-
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
 	"github.com/margay-cni/margay/pkg/link"
 	"github.com/margay-cni/margay/pkg/netns"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // DefaultGrace is how long something must look dead before a Collector removes it.
@@ -64,12 +62,22 @@ type Collector struct {
 	said map[string]string
 }
 
+// Loader is pkg/datapath, which the plugin does not link.
+type Loader struct {
+	// Load makes the datapath where it is not there.
+	Load func(context.Context, pins.Config) error
+	// RemoveUnusedPrograms removes other builds' programs that no device has, if they are older than age.
+	RemoveUnusedPrograms func(ctx context.Context, cfg pins.Config, age time.Duration) (builds []string, err error)
+}
+
 // NewCollector returns a Collector for the node with these directories.
-func NewCollector(cfg datapath.Config, log *slog.Logger) *Collector {
+func NewCollector(cfg pins.Config, loader Loader, log *slog.Logger) *Collector {
+	plugin := New(io.Discard)
+	plugin.ensure = ensureWith(loader.Load)
 	return &Collector{
-		plugin: New(io.Discard), run: cfg.Run, bpffs: cfg.BPFFS, grace: DefaultGrace, log: log, now: time.Now,
+		plugin: plugin, run: cfg.Run, bpffs: cfg.BPFFS, grace: DefaultGrace, log: log, now: time.Now,
 		programs: func(ctx context.Context) ([]string, error) {
-			return datapath.RemoveUnusedPrograms(ctx, cfg, programsAge)
+			return loader.RemoveUnusedPrograms(ctx, cfg, programsAge)
 		},
 		suspects: map[string]time.Time{}, said: map[string]string{},
 	}
@@ -273,7 +281,7 @@ func (l *look) attachment(j journal) (*attachment, error) {
 	}
 	return &attachment{
 		conf: decoded, log: l.log.With(slog.String("containerID", j.ContainerID), slog.String("ifName", j.IfName)),
-		args:     &skel.CmdArgs{ContainerID: j.ContainerID, IfName: j.IfName, Netns: j.Netns, StdinData: stdin},
+		args:     &Args{ContainerID: j.ContainerID, IfName: j.IfName, Netns: j.Netns, StdinData: stdin},
 		closeLog: func() error { return nil }, pollLocks: true,
 	}, nil
 }

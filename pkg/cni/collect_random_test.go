@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
+	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/ipam"
 	"github.com/margay-cni/margay/pkg/link"
 )
@@ -174,7 +175,7 @@ func (n *node) vanishUnlessStopped(id string) {
 // Real processes, killed at random instants, and nobody calls DEL; some of their namespaces end as well.
 func TestCollectorAfterKillsAtRandomInstants(t *testing.T) {
 	n := newRealNode(t, false)
-	n.plugin.ensure, n.plugin.open = ensureDatapath, openDatapath
+	n.plugin.ensure, n.plugin.open = ensureWith(datapath.Load), openDatapath
 	conf := n.conf(familyRanges["dual stack"])
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -241,7 +242,7 @@ func (n *node) interrupted(id string) bool {
 // A plugin that is stopped in the middle of an ADD is at work; killed, it is not.
 func TestCollectorAndAStoppedPlugin(t *testing.T) {
 	n := newRealNode(t, false)
-	n.plugin.ensure, n.plugin.open = ensureDatapath, openDatapath
+	n.plugin.ensure, n.plugin.open = ensureWith(datapath.Load), openDatapath
 	conf := n.conf(familyRanges["dual stack"])
 	before := n.state()
 	stopped := 0

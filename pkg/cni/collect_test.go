@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -21,6 +20,7 @@ import (
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
 	"github.com/margay-cni/margay/pkg/link"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // collector is a Collector of the node with a clock of its own.
@@ -32,7 +32,7 @@ type collector struct {
 
 func (n *node) collector() *collector {
 	c := &collector{n: n, clock: time.Now()}
-	c.Collector = NewCollector(datapath.Config{BPFFS: n.bpffs, Run: n.run}, slog.New(slog.NewTextHandler(n.t.Output(), nil)))
+	c.Collector = NewCollector(pins.Config{BPFFS: n.bpffs, Run: n.run}, Loader{datapath.Load, datapath.RemoveUnusedPrograms}, slog.New(slog.NewTextHandler(n.t.Output(), nil)))
 	c.Collector.plugin, c.programs, c.now = n.plugin, nil, func() time.Time { return c.clock }
 	return c
 }
@@ -321,7 +321,7 @@ func TestGCUndoesInterruptedCommands(t *testing.T) {
 	conf := n.conf(familyRanges["dual stack"], withPorts(mapping("", 8080, 80, "tcp")))
 	for _, step := range ownSteps[:len(ownSteps)-1] {
 		n.kill(step, cmdArgs("c1", netnstest.New(t).Path(), conf))
-		if err := n.verb(n.plugin.GC, &skel.CmdArgs{StdinData: conf}); err != nil {
+		if err := n.verb(n.plugin.GC, &Args{StdinData: conf}); err != nil {
 			t.Fatalf("GC after an ADD killed after %q = %v, want nil", step, err)
 		}
 		if diff := cmp.Diff(before, n.state()); diff != "" {

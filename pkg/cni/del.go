@@ -12,18 +12,17 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/link"
 	"github.com/margay-cni/margay/pkg/netns"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // Del disconnects a pod. It needs neither the pod's namespace nor a valid configuration nor anything that ADD wrote: what is there is
 // removed, what is missing is success, and one failure does not keep the rest from being removed.
-func (p *Plugin) Del(ctx context.Context, args *skel.CmdArgs) (err error) {
+func (p *Plugin) Del(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at == nil {
 		return err
@@ -109,7 +108,7 @@ func (p *Plugin) openExisting(ctx context.Context, at *attachment) (dataplane, e
 	if !errors.Is(err, fs.ErrNotExist) {
 		return d, err
 	}
-	if _, err := os.Stat(datapath.MapPath(cfg, "endpoints")); err != nil {
+	if _, err := os.Stat(pins.MapPath(cfg, "endpoints")); err != nil {
 		return nil, err
 	}
 	return p.ensure(ctx, cfg)

@@ -14,7 +14,6 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
@@ -30,28 +29,28 @@ import (
 func TestDelIsIdempotentAndBestEffort(t *testing.T) {
 	for name, c := range map[string]struct {
 		never  bool // no ADD before
-		damage func(t *testing.T, n *node, pod *netnstest.NS, args *skel.CmdArgs)
+		damage func(t *testing.T, n *node, pod *netnstest.NS, args *Args)
 	}{
 		"never added":         {never: true},
 		"plain":               {},
-		"namespace gone":      {damage: func(_ *testing.T, _ *node, pod *netnstest.NS, _ *skel.CmdArgs) { pod.Delete() }},
-		"namespace not given": {damage: func(_ *testing.T, _ *node, _ *netnstest.NS, a *skel.CmdArgs) { a.Netns = "" }},
-		"record gone": {damage: func(t *testing.T, n *node, _ *netnstest.NS, _ *skel.CmdArgs) {
+		"namespace gone":      {damage: func(_ *testing.T, _ *node, pod *netnstest.NS, _ *Args) { pod.Delete() }},
+		"namespace not given": {damage: func(_ *testing.T, _ *node, _ *netnstest.NS, a *Args) { a.Netns = "" }},
+		"record gone": {damage: func(t *testing.T, n *node, _ *netnstest.NS, _ *Args) {
 			if err := os.RemoveAll(filepath.Join(n.run, "endpoints")); err != nil {
 				t.Fatal(err)
 			}
 		}},
-		"record damaged": {damage: func(t *testing.T, n *node, _ *netnstest.NS, _ *skel.CmdArgs) {
+		"record damaged": {damage: func(t *testing.T, n *node, _ *netnstest.NS, _ *Args) {
 			if err := os.WriteFile(filepath.Join(n.run, "endpoints", "c1-eth0.json"), []byte("{"), 0o644); err != nil {
 				t.Fatal(err)
 			}
 		}},
-		"lease gone": {damage: func(t *testing.T, n *node, _ *netnstest.NS, a *skel.CmdArgs) {
+		"lease gone": {damage: func(t *testing.T, n *node, _ *netnstest.NS, a *Args) {
 			if err := ipam.Del(context.Background(), n.ipamConfig(), ipam.Attachment{ContainerID: "c1", IfName: "eth0"}); err != nil {
 				t.Fatal(err)
 			}
 		}},
-		"device gone": {damage: func(t *testing.T, _ *node, pod *netnstest.NS, _ *skel.CmdArgs) {
+		"device gone": {damage: func(t *testing.T, _ *node, pod *netnstest.NS, _ *Args) {
 			pod.Do(func() {
 				l, err := netlink.LinkByName("eth0")
 				if err == nil {
@@ -62,11 +61,11 @@ func TestDelIsIdempotentAndBestEffort(t *testing.T) {
 				}
 			})
 		}},
-		"arguments unusable": {damage: func(_ *testing.T, _ *node, _ *netnstest.NS, a *skel.CmdArgs) { a.Args = "X=1;Y" }},
-		"configuration wrong": {damage: func(_ *testing.T, n *node, _ *netnstest.NS, a *skel.CmdArgs) {
+		"arguments unusable": {damage: func(_ *testing.T, _ *node, _ *netnstest.NS, a *Args) { a.Args = "X=1;Y" }},
+		"configuration wrong": {damage: func(_ *testing.T, n *node, _ *netnstest.NS, a *Args) {
 			a.StdinData = n.conf(nil, set("mtu", 1), set("mac", "x"))
 		}},
-		"ranges changed": {damage: func(_ *testing.T, n *node, _ *netnstest.NS, a *skel.CmdArgs) {
+		"ranges changed": {damage: func(_ *testing.T, n *node, _ *netnstest.NS, a *Args) {
 			a.StdinData = n.conf([]string{"172.30.0.0/24"})
 		}},
 	} {
@@ -175,7 +174,7 @@ func TestGC(t *testing.T) {
 		if valid == "missing" {
 			tweak = unset("cni.dev/valid-attachments")
 		}
-		if err := n.verb(n.plugin.GC, &skel.CmdArgs{StdinData: n.conf([]string{range4}, tweak)}); err != nil {
+		if err := n.verb(n.plugin.GC, &Args{StdinData: n.conf([]string{range4}, tweak)}); err != nil {
 			t.Fatalf("GC = %v, want nil", err)
 		}
 	}
@@ -260,7 +259,7 @@ func TestStatus(t *testing.T) {
 				n.plane.faults["Check"] = c.fault
 			}
 			before := n.state()
-			if err := n.verb(n.plugin.Status, &skel.CmdArgs{StdinData: c.conf(n)}); code(err) != c.code {
+			if err := n.verb(n.plugin.Status, &Args{StdinData: c.conf(n)}); code(err) != c.code {
 				t.Errorf("STATUS = %v, want code %d", err, c.code)
 			}
 			if diff := cmp.Diff(before, n.state()); diff != "" {

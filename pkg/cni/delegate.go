@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
@@ -28,7 +27,7 @@ const delegateGrace = 2 * time.Second
 
 // delegate runs another plugin with the command, our arguments and our standard input, and returns what it printed. A plugin that fails
 // says why on its standard output, as a CNI error, which is returned as such.
-func delegate(ctx context.Context, path, command string, args *skel.CmdArgs) ([]byte, error) {
+func delegate(ctx context.Context, path, command string, args *Args) ([]byte, error) {
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(ctx, path)
 	cmd.Env = append(os.Environ(), // the last one of a name counts

@@ -8,7 +8,7 @@ import (
 	"slices"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 func (f *fakePlane) FreeHostPortID(_ bpf.FrontendKey, skip ...uint32) (uint32, error) {
@@ -22,14 +22,14 @@ func (f *fakePlane) FreeHostPortID(_ bpf.FrontendKey, skip ...uint32) (uint32, e
 	}
 }
 
-func (f *fakePlane) PutHostPort(p datapath.HostPort) error {
+func (f *fakePlane) PutHostPort(p pins.HostPort) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.onPort != nil {
 		f.onPort(false)
 	}
 	if to, taken := f.targets[p.ID]; taken && to != p.Backend {
-		return datapath.ErrHostPortID
+		return pins.ErrHostPortID
 	}
 	f.targets[p.ID] = p.Backend
 	if f.onPort != nil {
@@ -39,13 +39,13 @@ func (f *fakePlane) PutHostPort(p datapath.HostPort) error {
 		return err // half-way
 	}
 	if s, taken := f.ports[p.Frontend]; taken && s.Id != p.ID {
-		return datapath.ErrFrontendTaken
+		return pins.ErrFrontendTaken
 	}
 	f.ports[p.Frontend] = p.Service()
 	return nil
 }
 
-func (f *fakePlane) DeleteHostPort(p datapath.HostPort) error {
+func (f *fakePlane) DeleteHostPort(p pins.HostPort) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s, there := f.ports[p.Frontend]
@@ -62,7 +62,7 @@ func (f *fakePlane) DeleteHostPort(p datapath.HostPort) error {
 	return f.faults["DeleteHostPort"]
 }
 
-func (f *fakePlane) CheckHostPort(p datapath.HostPort) error {
+func (f *fakePlane) CheckHostPort(p pins.HostPort) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.ports[p.Frontend] != p.Service() || f.targets[p.ID] != p.Backend {

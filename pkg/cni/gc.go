@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -18,7 +17,7 @@ import (
 // dropped from the configuration when it is empty, so an empty list does not say that nothing is valid: then only attachments whose
 // namespace is gone are removed. Records of other networks are none of this command's business. Few runtimes call it: the agent's Collector
 // does without being called what can be done without the list.
-func (p *Plugin) GC(ctx context.Context, args *skel.CmdArgs) (err error) {
+func (p *Plugin) GC(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at == nil {
 		return err

@@ -16,9 +16,9 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/link"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // claims bounds how often ADD tries to get a hostPort's id and frontend, when others take ids at the same time or have left some behind.
@@ -119,10 +119,10 @@ func (a *addition) claim(i int) error {
 	for range claims {
 		err := a.datapath.PutHostPort(mapForm(*p))
 		switch {
-		case errors.Is(err, datapath.ErrHostPortID): // somebody was quicker
+		case errors.Is(err, pins.ErrHostPortID): // somebody was quicker
 			p.ID = 0
 			err = a.numberHostPorts()
-		case errors.Is(err, datapath.ErrFrontendTaken):
+		case errors.Is(err, pins.ErrFrontendTaken):
 			err = a.freeFrontend(*p)
 		case err == nil:
 			return nil
@@ -145,7 +145,7 @@ func (a *addition) freeFrontend(p endpoint.HostPort) error {
 	if !ok {
 		return nil
 	}
-	if !datapath.IsHostPort(s.Id) {
+	if !pins.IsHostPort(s.Id) {
 		return fail(codeHostPort, nil, "hostPort %s is taken by service %s: choose another port", p, a.serviceName(s.Id))
 	}
 	records, err := a.records().List()
@@ -169,7 +169,7 @@ func (a *addition) freeFrontend(p endpoint.HostPort) error {
 	to, _, err := a.datapath.HostPortBackend(s.Id)
 	if err == nil {
 		a.log.Warn("hostPort of a pod that is gone is taken over", "hostPort", p.String(), "was", to.String())
-		err = a.datapath.DeleteHostPort(datapath.HostPort{ID: s.Id, Frontend: frontend(p), Backend: to})
+		err = a.datapath.DeleteHostPort(pins.HostPort{ID: s.Id, Frontend: frontend(p), Backend: to})
 	}
 	if err != nil {
 		return fail(codeHostPort, err, "take hostPort %s over from a pod that is gone", p)
@@ -214,8 +214,8 @@ func frontend(p endpoint.HostPort) bpf.FrontendKey {
 	return bpf.NewFrontendKey(p.ProtocolNumber(), p.Host.Addr(), p.Host.Port())
 }
 
-func mapForm(p endpoint.HostPort) datapath.HostPort {
-	return datapath.HostPort{ID: p.ID, Frontend: frontend(p), Backend: p.Pod}
+func mapForm(p endpoint.HostPort) pins.HostPort {
+	return pins.HostPort{ID: p.ID, Frontend: frontend(p), Backend: p.Pod}
 }
 
 // deleteHostPorts removes what is there of them; without an id, what leads to the same pod.

@@ -13,12 +13,13 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // pinnedHostPorts counts the entries of the real service maps, in which there is nothing but hostPorts here.
 func (n *realNode) pinnedHostPorts() (frontends, lists, members int) {
 	n.t.Helper()
-	d, err := datapath.Open(datapath.Config{BPFFS: n.bpffs, Run: n.run})
+	d, err := datapath.Open(pins.Config{BPFFS: n.bpffs, Run: n.run})
 	if err != nil {
 		n.t.Fatal(err)
 	}

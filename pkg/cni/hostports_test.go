@@ -10,7 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -186,7 +185,7 @@ func TestM3_HostPortKilledAddIsRepaired(t *testing.T) {
 }
 
 // killPut lets ADD end in the middle of its second hostPort, without rollback.
-func (n *node) killPut(args *skel.CmdArgs) {
+func (n *node) killPut(args *Args) {
 	n.t.Helper()
 	defer func() {
 		n.plane.onPort = nil

@@ -17,7 +17,7 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
 
-	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // What a pod starts with when the agent has published nothing for it (architecture promise 2).
@@ -97,7 +97,7 @@ func decodeNetConf(data []byte) (*NetConf, error) {
 	if err := json.Unmarshal(data, c); err != nil {
 		return nil, fail(types.ErrDecodingFailure, err, "the network configuration is no JSON that fits; look at the conflist")
 	}
-	d := datapath.DefaultConfig()
+	d := pins.DefaultConfig()
 	setDefault(&c.PolicyPending, pendingAuto)
 	setDefault(&c.BPFFS, d.BPFFS)
 	setDefault(&c.RunDir, d.Run)
@@ -256,9 +256,9 @@ func (c *NetConf) policyWait() time.Duration {
 	return time.Duration(c.PolicyWait) * time.Second
 }
 
-func (c *NetConf) datapath() datapath.Config {
-	d := datapath.DefaultConfig()
-	d.BPFFS, d.Run, d.ForPods = c.BPFFS, c.RunDir, true
+func (c *NetConf) datapath() pins.Config {
+	d := pins.DefaultConfig()
+	d.BPFFS, d.Run = c.BPFFS, c.RunDir
 	return d
 }
 

@@ -20,7 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
@@ -33,6 +32,7 @@ import (
 	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // fakePlane is a datapath in memory. It forgets an attachment with its device only when told so, as a real device does it itself: see
@@ -128,7 +128,7 @@ func (f *fakePlane) Close() error { return nil }
 func (f *fakePlane) publish(namespace, name, uid string, p bpf.Pending) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.pending[datapath.PendingKeyOf(namespace, name, uid)] = p
+	f.pending[pins.PendingKeyOf(namespace, name, uid)] = p
 }
 
 // node is a machine of its own: a network namespace, a run directory, and a datapath that is the fake's unless the test replaces it.
@@ -170,14 +170,14 @@ func newNode(t *testing.T) *node {
 	})
 	n.awaitNodeAddresses()
 	n.plugin = New(n.out)
-	n.plugin.ensure = func(context.Context, datapath.Config) (dataplane, error) { return n.plane, n.plane.faults["Ensure"] }
-	n.plugin.open = func(datapath.Config) (dataplane, error) {
+	n.plugin.ensure = func(context.Context, pins.Config) (dataplane, error) { return n.plane, n.plane.faults["Ensure"] }
+	n.plugin.open = func(pins.Config) (dataplane, error) {
 		if n.plane.absent {
 			return nil, fmt.Errorf("open pins: %w", fs.ErrNotExist)
 		}
 		return n.plane, nil
 	}
-	n.plugin.check = func(datapath.Config) error { return n.plane.faults["Check"] }
+	n.plugin.check = func(pins.Config) error { return n.plane.faults["Check"] }
 	n.plugin.after = func(step string) error {
 		if n.after != nil {
 			return n.after(step)
@@ -248,11 +248,11 @@ func unset(key string) func(map[string]any) {
 
 const podArgsText = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=1f0c"
 
-func cmdArgs(id, netns string, conf []byte) *skel.CmdArgs {
-	return &skel.CmdArgs{ContainerID: id, Netns: netns, IfName: "eth0", Args: podArgsText, Path: os.Getenv("CNI_PATH"), StdinData: conf}
+func cmdArgs(id, netns string, conf []byte) *Args {
+	return &Args{ContainerID: id, Netns: netns, IfName: "eth0", Args: podArgsText, Path: os.Getenv("CNI_PATH"), StdinData: conf}
 }
 
-func (n *node) add(args *skel.CmdArgs) (*types100.Result, error) {
+func (n *node) add(args *Args) (*types100.Result, error) {
 	n.t.Helper()
 	n.out.Reset()
 	var err error
@@ -277,7 +277,7 @@ func (n *node) add(args *skel.CmdArgs) (*types100.Result, error) {
 	return r, nil
 }
 
-func (n *node) mustAdd(args *skel.CmdArgs) *types100.Result {
+func (n *node) mustAdd(args *Args) *types100.Result {
 	n.t.Helper()
 	r, err := n.add(args)
 	if err != nil {
@@ -286,15 +286,15 @@ func (n *node) mustAdd(args *skel.CmdArgs) *types100.Result {
 	return r
 }
 
-func (n *node) verb(f func(context.Context, *skel.CmdArgs) error, args *skel.CmdArgs) (err error) {
+func (n *node) verb(f func(context.Context, *Args) error, args *Args) (err error) {
 	n.ns.Do(func() { err = f(context.Background(), args) })
 	return err
 }
 
-func (n *node) del(args *skel.CmdArgs) error { return n.verb(n.plugin.Del, args) }
+func (n *node) del(args *Args) error { return n.verb(n.plugin.Del, args) }
 
 // withPrev returns args with the result as prevResult, as DEL and CHECK get it.
-func (n *node) withPrev(args *skel.CmdArgs, r *types100.Result) *skel.CmdArgs {
+func (n *node) withPrev(args *Args, r *types100.Result) *Args {
 	n.t.Helper()
 	var c map[string]any
 	if err := json.Unmarshal(args.StdinData, &c); err != nil {
@@ -384,7 +384,7 @@ func (n *node) state() []string {
 // pinnedEndpoints returns the keys of the real endpoints map, where there is one.
 func (n *node) pinnedEndpoints() []netip.Addr {
 	n.t.Helper()
-	d, err := datapath.Open(datapath.Config{BPFFS: n.bpffs, Run: n.run})
+	d, err := datapath.Open(pins.Config{BPFFS: n.bpffs, Run: n.run})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

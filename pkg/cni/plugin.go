@@ -13,13 +13,11 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // cniTimeout bounds a whole command: shorter than the kubelet's patience with a sandbox (2 minutes), longer than anything that works.
@@ -30,7 +28,7 @@ var versions = []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
 const about = "margay: CNI plugin that connects a pod through eBPF"
 
-// programs attaches a pod's tc programs. pkg/datapath implements this and the interfaces below; tests have a fake.
+// programs attaches a pod's tc programs. pkg/pins implements this and the interfaces below; tests have a fake.
 type programs interface {
 	AttachPod(ifindex int) error
 	DetachPod(ifindex int) error
@@ -52,9 +50,9 @@ type pendings interface {
 // hostPorts are the frontends that lead to single pods.
 type hostPorts interface {
 	FreeHostPortID(f bpf.FrontendKey, skip ...uint32) (uint32, error)
-	PutHostPort(p datapath.HostPort) error
-	DeleteHostPort(p datapath.HostPort) error
-	CheckHostPort(p datapath.HostPort) error
+	PutHostPort(p pins.HostPort) error
+	DeleteHostPort(p pins.HostPort) error
+	CheckHostPort(p pins.HostPort) error
 	LookupFrontend(f bpf.FrontendKey) (bpf.Service, bool, error)
 	HostPortBackend(id uint32) (netip.AddrPort, bool, error)
 }
@@ -71,9 +69,9 @@ type dataplane interface {
 // Plugin runs CNI commands.
 type Plugin struct {
 	stdout io.Writer
-	ensure func(context.Context, datapath.Config) (dataplane, error)
-	open   func(datapath.Config) (dataplane, error)
-	check  func(datapath.Config) error
+	ensure func(context.Context, pins.Config) (dataplane, error)
+	open   func(pins.Config) (dataplane, error)
+	check  func(pins.Config) error
 	// after is called after each step of ADD: tests inject faults here.
 	after func(step string) error
 	// speaks is the configuration's version, for error messages.
@@ -84,9 +82,9 @@ type Plugin struct {
 func New(stdout io.Writer) *Plugin {
 	return &Plugin{
 		stdout: stdout,
-		ensure: ensureDatapath,
+		ensure: ensureWith(runLoader),
 		open:   openDatapath,
-		check:  datapath.Check,
+		check:  pins.Check,
 		after:  func(string) error { return nil },
 		speaks: versions[len(versions)-1],
 	}
@@ -97,20 +95,11 @@ func New(stdout io.Writer) *Plugin {
 func (p *Plugin) Run(ctx context.Context) int {
 	ctx, cancel := context.WithTimeout(ctx, cniTimeout)
 	defer cancel()
-	bind := func(f func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
-		return func(args *skel.CmdArgs) error { return f(ctx, args) }
-	}
-	err := skel.PluginMainFuncsWithError(skel.CNIFuncs{
-		Add:    bind(p.Add),
-		Del:    bind(p.Del),
-		Check:  bind(p.Check),
-		GC:     bind(p.GC),
-		Status: bind(p.Status),
-	}, version.PluginSupports(versions...), about)
+	err := p.command(ctx, os.Getenv, os.Stdin)
 	if err == nil {
 		return 0
 	}
-	p.printError(err)
+	p.printError(asError(err))
 	return 1
 }
 
@@ -129,7 +118,7 @@ func (p *Plugin) printError(e *types.Error) {
 // attachment is one command's subject.
 type attachment struct {
 	conf *NetConf
-	args *skel.CmdArgs
+	args *Args
 	pod  podArgs
 	log  *slog.Logger
 	// pollLocks is for a process that outlives the command.
@@ -139,7 +128,7 @@ type attachment struct {
 }
 
 // load reads what a command was given. It judges nothing: what is invalid for ADD must not keep DEL from working.
-func (p *Plugin) load(args *skel.CmdArgs) (*attachment, error) {
+func (p *Plugin) load(args *Args) (*attachment, error) {
 	conf, err := decodeNetConf(args.StdinData)
 	if err != nil {
 		return nil, err

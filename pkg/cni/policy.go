@@ -9,8 +9,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // start is the identity and policy that a pod begins its life with.
@@ -52,9 +52,9 @@ func published(m pendings, pod podArgs) (start, bool, error) {
 	if pod.name == "" {
 		return start{}, false, nil
 	}
-	keys := []bpf.PendingKey{datapath.PendingKeyOf(pod.namespace, pod.name, pod.uid)}
+	keys := []bpf.PendingKey{pins.PendingKeyOf(pod.namespace, pod.name, pod.uid)}
 	if pod.uid != "" {
-		keys = append(keys, datapath.PendingKeyOf(pod.namespace, pod.name, ""))
+		keys = append(keys, pins.PendingKeyOf(pod.namespace, pod.name, ""))
 	}
 	for _, k := range keys {
 		e, ok, err := m.LookupPending(k)
@@ -71,9 +71,9 @@ func published(m pendings, pod podArgs) (start, bool, error) {
 // summary asks what is known of the pod's namespace, and if that is nothing, of the node: a node whose agent knows policies restricts a
 // pod of a namespace that it has not heard of; one that never had an agent, or knows no policy at all, lets it start open.
 func summary(m pendings, pod podArgs) (start, error) {
-	keys := []bpf.PendingKey{datapath.PendingKeyOf("", "", "")}
+	keys := []bpf.PendingKey{pins.PendingKeyOf("", "", "")}
 	if pod.namespace != "" {
-		keys = []bpf.PendingKey{datapath.PendingKeyOf(pod.namespace, "", ""), keys[0]}
+		keys = []bpf.PendingKey{pins.PendingKeyOf(pod.namespace, "", ""), keys[0]}
 	}
 	for _, k := range keys {
 		e, ok, err := m.LookupPending(k)

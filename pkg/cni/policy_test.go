@@ -8,8 +8,8 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 var (
@@ -77,7 +77,7 @@ func TestWaitEndsWhenTheAgentPublishes(t *testing.T) {
 }
 
 func pendingKey(namespace, name, uid string) bpf.PendingKey {
-	return datapath.PendingKeyOf(namespace, name, uid)
+	return pins.PendingKeyOf(namespace, name, uid)
 }
 
 // What the agent publishes while ADD registers the pod has an effect before ADD returns.

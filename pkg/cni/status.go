@@ -6,13 +6,12 @@ import (
 	"context"
 	"time"
 
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 )
 
 // Status fails only when ADD cannot work here at all: containerd asks every few seconds and takes the node NotReady on any error, which
 // evicts its pods. A stopped agent or a full address range is not that.
-func (p *Plugin) Status(ctx context.Context, args *skel.CmdArgs) (err error) {
+func (p *Plugin) Status(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at == nil {
 		return err

@@ -3,25 +3,60 @@
 package cni
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 
-	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
-// The functions here turn *datapath.Datapath into the interface that the verbs use. A nil pointer must not become a non-nil interface.
+// loaderName is the program that loads what the plugin only opens (loader/main.go). It is where the plugin is.
+const loaderName = "margay-loader"
 
-func ensureDatapath(ctx context.Context, cfg datapath.Config) (dataplane, error) {
-	d, err := datapath.Ensure(ctx, cfg)
+// openDatapath turns *pins.Pods into the interface that the verbs use. A nil pointer must not become a non-nil interface.
+func openDatapath(cfg pins.Config) (dataplane, error) {
+	p, err := pins.Open(cfg)
 	if err != nil {
 		return nil, err
 	}
-	return d, nil
+	return p, nil
 }
 
-func openDatapath(cfg datapath.Config) (dataplane, error) {
-	d, err := datapath.Open(cfg)
-	if err != nil {
-		return nil, err
+// ensureWith opens the datapath, and has it loaded first where it is not there.
+func ensureWith(load func(context.Context, pins.Config) error) func(context.Context, pins.Config) (dataplane, error) {
+	return func(ctx context.Context, cfg pins.Config) (dataplane, error) {
+		d, err := openDatapath(cfg)
+		if !errors.Is(err, pins.ErrNotLoaded) {
+			return d, err
+		}
+		if err := load(ctx, cfg); err != nil {
+			return nil, err
+		}
+		return openDatapath(cfg)
 	}
-	return d, nil
+}
+
+// runLoader waits for the loader. Killing it is harmless: the next one repairs.
+func runLoader(ctx context.Context, cfg pins.Config) error {
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find %s beside the plugin: %w", loaderName, err)
+	}
+	var said bytes.Buffer
+	cmd := exec.CommandContext(ctx, filepath.Join(filepath.Dir(self), loaderName), "--bpffs", cfg.BPFFS, "--run", cfg.Run)
+	cmd.Stderr = &said
+	err = cmd.Run()
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("%s was stopped: %w", loaderName, ctx.Err())
+	case said.Len() > 0:
+		return errors.New(string(bytes.TrimSpace(said.Bytes())))
+	}
+	return fmt.Errorf("run %s, which belongs beside the plugin: %w", loaderName, err)
 }

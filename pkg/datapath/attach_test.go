@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 const missing = 9999 // no device has this index
@@ -71,7 +72,7 @@ func TestAttachPod(t *testing.T) {
 	other := ensure(t, ns, elsewhere) // other programs, as another build has them
 	ns.Do(func() {
 		dev := device(t, "pod")
-		if err := d.PodAttached(dev); !errors.Is(err, ErrNotAttached) {
+		if err := d.PodAttached(dev); !errors.Is(err, pins.ErrNotAttached) {
 			t.Errorf("PodAttached() before = %v, want ErrNotAttached", err)
 		}
 		both := []string{"ingress margay/from_pod", "egress margay/to_pod"}
@@ -80,7 +81,7 @@ func TestAttachPod(t *testing.T) {
 			must(t, d.PodAttached(dev))
 			wantFilters(t, "after AttachPod", dev, both...)
 		}
-		if err := other.PodAttached(dev); !errors.Is(err, ErrNotAttached) {
+		if err := other.PodAttached(dev); !errors.Is(err, pins.ErrNotAttached) {
 			t.Errorf("PodAttached() of another build = %v, want ErrNotAttached", err)
 		}
 		must(t, other.AttachPod(dev))
@@ -94,7 +95,7 @@ func TestAttachPod(t *testing.T) {
 			t.Error("AttachPod() to no device = nil, want an error")
 		}
 		must(t, d.DetachPod(missing))
-		if err := d.PodAttached(missing); !errors.Is(err, ErrNotAttached) {
+		if err := d.PodAttached(missing); !errors.Is(err, pins.ErrNotAttached) {
 			t.Errorf("PodAttached() of no device = %v, want ErrNotAttached", err)
 		}
 	})
@@ -122,7 +123,7 @@ func TestAttachOverlay(t *testing.T) {
 	d := ensure(t, ns, cfg)
 	ns.Do(func() {
 		dev := device(t, "overlay")
-		if err := d.OverlayAttached(dev); !errors.Is(err, ErrNotAttached) {
+		if err := d.OverlayAttached(dev); !errors.Is(err, pins.ErrNotAttached) {
 			t.Errorf("OverlayAttached() before = %v, want ErrNotAttached", err)
 		}
 		for range 2 {
@@ -130,7 +131,7 @@ func TestAttachOverlay(t *testing.T) {
 			must(t, d.OverlayAttached(dev))
 			wantFilters(t, "after AttachOverlay", dev, "ingress margay/from_overlay", "egress margay/to_overlay")
 		}
-		if err := d.NetdevAttached(dev); !errors.Is(err, ErrNotAttached) {
+		if err := d.NetdevAttached(dev); !errors.Is(err, pins.ErrNotAttached) {
 			t.Errorf("NetdevAttached() of the overlay device = %v, want ErrNotAttached", err)
 		}
 	})
@@ -147,7 +148,7 @@ func TestForeignFiltersStay(t *testing.T) {
 	must(t, err)
 	defer prog.Close()
 	ns.Do(func() {
-		for i, prio := range []uint16{FilterPriority, 2, 50} {
+		for i, prio := range []uint16{pins.FilterPriority, 2, 50} {
 			dev := device(t, fmt.Sprintf("pod%d", i))
 			must(t, netlink.QdiscAdd(&netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
 				LinkIndex: dev, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
@@ -236,13 +237,13 @@ func TestPendingKeyOf(t *testing.T) {
 	for _, id := range [][3]string{
 		{"a", "b", "c"}, {"ab", "", "c"}, {"a", "bc", ""}, {"", "", ""}, {"a", "", ""}, {"", "a", ""}, {"", "", "a"}, {"b", "a", "c"},
 	} {
-		key := PendingKeyOf(id[0], id[1], id[2])
+		key := pins.PendingKeyOf(id[0], id[1], id[2])
 		if other, ok := seen[key]; ok {
-			t.Errorf("PendingKeyOf(%q) = PendingKeyOf(%q)", id, other)
+			t.Errorf("pins.PendingKeyOf(%q) = pins.PendingKeyOf(%q)", id, other)
 		}
 		seen[key] = id
-		if key != PendingKeyOf(id[0], id[1], id[2]) {
-			t.Errorf("PendingKeyOf(%q) is not the same twice", id)
+		if key != pins.PendingKeyOf(id[0], id[1], id[2]) {
+			t.Errorf("pins.PendingKeyOf(%q) is not the same twice", id)
 		}
 	}
 }

@@ -3,14 +3,13 @@
 package datapath
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // systemBPFFS is where every distribution mounts bpffs.
@@ -25,7 +24,7 @@ func ensureBPFFS(cfg Config) error {
 	} else if err := os.MkdirAll(cfg.BPFFS, 0o700); err != nil {
 		return fmt.Errorf("make %s: %w", cfg.BPFFS, err)
 	}
-	on, err := onBPFFS(mountPoint)
+	on, err := pins.OnBPFFS(mountPoint)
 	if err != nil {
 		return err
 	}
@@ -40,40 +39,6 @@ func ensureBPFFS(cfg Config) error {
 	}
 	if err := os.MkdirAll(cfg.BPFFS, 0o700); err != nil {
 		return fmt.Errorf("make %s: %w", cfg.BPFFS, err)
-	}
-	return nil
-}
-
-// onBPFFS tells whether path, or its nearest existing ancestor, is on a bpffs.
-func onBPFFS(path string) (bool, error) {
-	for {
-		var st unix.Statfs_t
-		err := unix.Statfs(path, &st)
-		if err == nil {
-			return st.Type == unix.BPF_FS_MAGIC, nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) || path == "/" {
-			return false, fmt.Errorf("look at %s: %w", path, err)
-		}
-		path = filepath.Dir(path)
-	}
-}
-
-// checkBPFFS tells whether ensureBPFFS could succeed.
-func checkBPFFS(cfg Config) error {
-	on, err := onBPFFS(cfg.BPFFS)
-	if err != nil || on {
-		return err
-	}
-	known, err := os.ReadFile("/proc/filesystems")
-	if err != nil {
-		return fmt.Errorf("read the kernel's filesystems: %w", err)
-	}
-	if !strings.Contains(string(known), "\tbpf\n") {
-		return errors.New("this kernel has no bpffs (CONFIG_BPF_SYSCALL)")
-	}
-	if os.Geteuid() != 0 {
-		return fmt.Errorf("no bpffs at %s, and only root can mount one", cfg.BPFFS)
 	}
 	return nil
 }

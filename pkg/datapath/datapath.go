@@ -5,11 +5,11 @@
 // them: those who fill the maps (pkg/agent, pkg/cni) bring map keys and values.
 //
 // Ensure is what everybody calls first. Whoever comes first, an agent or the first ADD after boot, does the work under a lock; everybody
-// after that only opens pins. It leaves nothing half-made that a later call would trust: maps are pinned one by one and complete,
+// after that only opens pins. What an ADD does with them is in pkg/pins, which loads nothing and so starts faster: where nothing is loaded, it
+// has margay-loader call Ensure. It leaves nothing half-made that a later call would trust: maps are pinned one by one and complete,
 // programs appear all at once by the rename of a directory.
 //
-//	<bpffs>/maps/<name>_v<N>     a changed layout is another N
-//	<bpffs>/progs/<build>/<name> one directory for each build of the programs
+//	<bpffs>/maps, progs          the pins: pkg/pins
 //	<run>/datapath.lock          flock around all of it
 //	<run>/sysctls.json           what Ensure changed, for uninstall
 //	<run>/hostports.json         ports that ReserveHostPorts has reserved, as long as there are any
@@ -25,56 +25,26 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sync"
 
 	"github.com/cilium/ebpf"
 
-	"github.com/margay-cni/margay/pkg/bpf"
-)
-
-// Defaults of Config.
-const (
-	DefaultBPFFS = "/sys/fs/bpf/margay"
-	DefaultRun   = "/run/margay"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // ErrNotLoaded is wrapped by Open when nothing of the current build is pinned.
-var ErrNotLoaded = errors.New("datapath is not loaded")
+var ErrNotLoaded = pins.ErrNotLoaded
 
-// Config says where one node's datapath lives. Several nodes can share a machine when their directories differ.
-type Config struct {
-	// BPFFS is the directory of our pins. Ensure mounts a bpffs if there is none.
-	BPFFS string
-	// Run is the directory of locks and records; on tmpfs, so that a reboot empties it.
-	Run string
-	// ProcSys is where kernel settings are written, for a container whose own /proc/sys is read-only; empty means /proc/sys. They are read,
-	// and remembered for uninstall, by their usual names.
-	ProcSys string
-	// Sizes overrides max_entries by map name. It counts when the map is created.
-	Sizes map[string]uint32
-	// ForPods opens only what attaching and registering pods needs, which is what ADD and DEL do: 5 pins instead of 22.
-	ForPods bool
-}
-
-// DefaultConfig returns the configuration of a node that has its machine to itself.
-func DefaultConfig() Config {
-	return Config{BPFFS: DefaultBPFFS, Run: DefaultRun}
-}
-
-func (c Config) mapDir() string { return filepath.Join(c.BPFFS, "maps") }
-
-// progDir is the directory of this build's programs.
-func (c Config) progDir() string { return filepath.Join(c.BPFFS, "progs", bpf.Build()) }
+// Config says where one node's datapath lives.
+type Config = pins.Config
 
 // Datapath is an opened set of pins. Its methods may be called concurrently.
 type Datapath struct {
+	*pins.Pods
 	// Maps are open until Close.
 	Maps Maps
 
 	cfg   Config
 	progs map[string]*ebpf.Program
-	// late guards the maps that openLate opens.
-	late sync.Mutex
 }
 
 // Open opens what is pinned. The error wraps ErrNotLoaded when the current build is not there, or not completely.
@@ -82,7 +52,7 @@ func Open(cfg Config) (*Datapath, error) {
 	d := &Datapath{cfg: cfg, progs: map[string]*ebpf.Program{}}
 	if err := d.open(); err != nil {
 		d.Close()
-		if errors.Is(err, fs.ErrNotExist) {
+		if errors.Is(err, fs.ErrNotExist) && !errors.Is(err, ErrNotLoaded) {
 			return nil, fmt.Errorf("%w: %w", ErrNotLoaded, err)
 		}
 		return nil, err
@@ -90,13 +60,15 @@ func Open(cfg Config) (*Datapath, error) {
 	return d, nil
 }
 
-func (d *Datapath) open() error {
-	names := programNames
-	if d.cfg.ForPods {
-		names = podPrograms
+func (d *Datapath) open() (err error) {
+	if d.Pods, err = pins.Open(d.cfg); err != nil {
+		return err
 	}
-	for _, name := range names {
-		p, err := ebpf.LoadPinnedProgram(filepath.Join(d.cfg.progDir(), name), nil)
+	for _, name := range programNames {
+		p, err := ebpf.LoadPinnedProgram(filepath.Join(d.cfg.ProgramDir(), name), nil)
+		if optionalPrograms[name] && errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("open program %s: %w", name, err)
 		}
@@ -108,6 +80,9 @@ func (d *Datapath) open() error {
 // Close closes file descriptors; what is pinned stays.
 func (d *Datapath) Close() error {
 	errs := []error{d.Maps.close()}
+	if d.Pods != nil {
+		errs = append(errs, d.Pods.Close())
+	}
 	for _, p := range d.progs {
 		errs = append(errs, p.Close())
 	}
@@ -116,7 +91,7 @@ func (d *Datapath) Close() error {
 
 // Build names the programs that this Datapath attaches.
 func (d *Datapath) Build() string {
-	return filepath.Base(d.cfg.progDir())
+	return filepath.Base(d.cfg.ProgramDir())
 }
 
 // Ensure opens the datapath, and makes it first where it is not there: bpffs, maps, programs, forwarding. Safe to call from any number
@@ -143,6 +118,15 @@ func Ensure(ctx context.Context, cfg Config) (*Datapath, error) {
 	return Open(cfg)
 }
 
+// Load is Ensure for those who do not need what it opens.
+func Load(ctx context.Context, cfg Config) error {
+	d, err := Ensure(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	return d.Close()
+}
+
 // load makes everything that Open wants to find. The caller holds the lock.
 func load(cfg Config) error {
 	if err := ensureBPFFS(cfg); err != nil {
@@ -160,13 +144,4 @@ func load(cfg Config) error {
 		return err
 	}
 	return ensurePrograms(cfg, maps)
-}
-
-// Check tells whether ADD could work here, without changing anything: either the datapath is loaded, or a bpffs can be had and the
-// caller may use BPF. It makes one cheap system call or two, because container runtimes ask every few seconds.
-func Check(cfg Config) error {
-	if _, err := os.Stat(filepath.Join(cfg.progDir(), bpf.ProgFromPod)); err == nil {
-		return nil
-	}
-	return checkBPFFS(cfg)
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // However many call Ensure at once, in however many processes: one loads, and all get the same objects.
@@ -73,24 +74,24 @@ func TestEnsureRepairs(t *testing.T) {
 	t.Parallel()
 	ns, cfg := place(t)
 	d := ensure(t, ns, cfg)
-	key, want := PendingKeyOf("default", "web", ""), bpf.Pending{Identity: 77}
+	key, want := pins.PendingKeyOf("default", "web", ""), bpf.Pending{Identity: 77}
 	must(t, d.Maps.Pending.Put(&key, &want))
-	partial := cfg.progDir() + "-partial"
+	partial := cfg.ProgramDir() + "-partial"
 	for _, tt := range []struct {
 		name  string
 		crash func() error
 	}{
-		{"after the maps, before the programs", func() error { return os.RemoveAll(cfg.progDir()) }},
+		{"after the maps, before the programs", func() error { return os.RemoveAll(cfg.ProgramDir()) }},
 		{"between two programs", func() error {
-			return errors.Join(os.Rename(cfg.progDir(), partial), os.Remove(filepath.Join(partial, bpf.ProgToPod)))
+			return errors.Join(os.Rename(cfg.ProgramDir(), partial), os.Remove(filepath.Join(partial, bpf.ProgToPod)))
 		}},
-		{"before the programs' directory got its name", func() error { return os.Rename(cfg.progDir(), partial) }},
-		{"with a program lost", func() error { return os.Remove(filepath.Join(cfg.progDir(), bpf.ProgSweepFlows)) }},
+		{"before the programs' directory got its name", func() error { return os.Rename(cfg.ProgramDir(), partial) }},
+		{"with a program lost", func() error { return os.Remove(filepath.Join(cfg.ProgramDir(), bpf.ProgSweepFlows)) }},
 		{"between two maps", func() error {
-			return errors.Join(os.RemoveAll(cfg.progDir()), os.Remove(MapPath(cfg, "flows")), os.Remove(MapPath(cfg, "policy")))
+			return errors.Join(os.RemoveAll(cfg.ProgramDir()), os.Remove(pins.MapPath(cfg, "flows")), os.Remove(pins.MapPath(cfg, "policy")))
 		}},
 		{"with a temporary record", func() error {
-			return errors.Join(os.RemoveAll(cfg.progDir()), os.WriteFile(filepath.Join(cfg.Run, "sysctls.json.tmp"), []byte("{"), 0o600))
+			return errors.Join(os.RemoveAll(cfg.ProgramDir()), os.WriteFile(filepath.Join(cfg.Run, "sysctls.json.tmp"), []byte("{"), 0o600))
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -117,8 +118,8 @@ func TestIncompatibleMapIsNamed(t *testing.T) {
 	t.Parallel()
 	ns, cfg := place(t)
 	ensure(t, ns, cfg).Close()
-	must(t, os.RemoveAll(cfg.progDir()))
-	path := MapPath(cfg, "endpoints")
+	must(t, os.RemoveAll(cfg.ProgramDir()))
+	path := pins.MapPath(cfg, "endpoints")
 	must(t, os.Remove(path))
 	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 32, MaxEntries: 1})
 	must(t, err)
@@ -142,7 +143,7 @@ func TestSizes(t *testing.T) {
 	if got := d.Maps.Flows.MaxEntries(); got != 1024 {
 		t.Errorf("flows holds %d entries, want 1024", got)
 	}
-	must(t, os.RemoveAll(cfg.progDir()))
+	must(t, os.RemoveAll(cfg.ProgramDir()))
 	cfg.Sizes["endpoints"] = 9
 	d = ensure(t, ns, cfg)
 	if got := d.Maps.Endpoints.MaxEntries(); got != 7 {
@@ -192,7 +193,7 @@ func TestChangesAreRemembered(t *testing.T) {
 	}
 
 	// Somebody turns one off, and the programs are loaded anew: on again, and the record is the first one.
-	must(t, os.RemoveAll(cfg.progDir()))
+	must(t, os.RemoveAll(cfg.ProgramDir()))
 	inNS(t, ns, func() error { return os.WriteFile(sysctlForward4, []byte("0"), 0) })
 	must(t, remember(cfg, "sysctls.json", sysctlForward4, "7"))
 	ensure(t, ns, cfg).Close()
@@ -239,14 +240,14 @@ func recorded(t *testing.T, cfg Config, file string) map[string]string {
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	ns, cfg := place(t)
-	must(t, Check(cfg))
+	must(t, pins.Check(cfg))
 	for _, dir := range []string{cfg.BPFFS, cfg.Run} {
 		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("Check has made %s", dir)
 		}
 	}
 	ensure(t, ns, cfg)
-	must(t, Check(cfg))
+	must(t, pins.Check(cfg))
 }
 
 // Ensure does not wait for a lock longer than its context.

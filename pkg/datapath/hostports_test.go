@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // entries counts what the four maps of hostPorts hold.
@@ -41,22 +42,20 @@ func hostPortEntries(t *testing.T, d *Datapath) (n int) {
 func TestM3_HostPortInTheMaps(t *testing.T) {
 	ns, cfg := place(t)
 	all := ensure(t, ns, cfg)
-	cfg.ForPods = true
-	d := ensure(t, ns, cfg)
-	if d.Maps.Services != nil || d.Maps.Backends != nil {
-		t.Error("ForPods has opened the services' maps, want that only when a hostPort needs them")
-	}
+	d, err := pins.Open(cfg)
+	must(t, err)
+	defer d.Close()
 	for name, host := range map[string]netip.Addr{"IPv4": netip.IPv4Unspecified(), "IPv6": netip.MustParseAddr("::1")} {
 		t.Run(name, func(t *testing.T) {
 			to := netip.AddrPortFrom(netip.MustParseAddr("10.0.0.5"), 80)
 			if host.Is6() {
 				to = netip.AddrPortFrom(netip.MustParseAddr("fd00::5"), 80)
 			}
-			p := HostPort{Frontend: bpf.NewFrontendKey(unix.IPPROTO_UDP, host, 53), Backend: to}
+			p := pins.HostPort{Frontend: bpf.NewFrontendKey(unix.IPPROTO_UDP, host, 53), Backend: to}
 			var err error
 			p.ID, err = d.FreeHostPortID(p.Frontend)
 			must(t, err)
-			if !IsHostPort(p.ID) {
+			if !pins.IsHostPort(p.ID) {
 				t.Errorf("id = %d, want one from %d on", p.ID, bpf.HostPortFirst)
 			}
 			if second, err := d.FreeHostPortID(p.Frontend, p.ID); err != nil || second == p.ID {
@@ -74,14 +73,14 @@ func TestM3_HostPortInTheMaps(t *testing.T) {
 			}
 			other := p
 			other.Backend = netip.AddrPortFrom(to.Addr(), 81)
-			if err := d.PutHostPort(other); !errors.Is(err, ErrHostPortID) {
+			if err := d.PutHostPort(other); !errors.Is(err, pins.ErrHostPortID) {
 				t.Errorf("PutHostPort with a taken id = %v, want ErrHostPortID", err)
 			}
 			must(t, d.DeleteHostPort(other)) // not this one: it stays
 			must(t, d.CheckHostPort(p))
 			other.ID, err = d.FreeHostPortID(p.Frontend)
 			must(t, err)
-			if err := d.PutHostPort(other); !errors.Is(err, ErrFrontendTaken) {
+			if err := d.PutHostPort(other); !errors.Is(err, pins.ErrFrontendTaken) {
 				t.Errorf("PutHostPort with a taken frontend = %v, want ErrFrontendTaken", err)
 			}
 			must(t, d.DeleteHostPort(other)) // what the failure has left
@@ -109,11 +108,11 @@ func TestM3_HostPortRace(t *testing.T) {
 		var (
 			wg      sync.WaitGroup
 			mu      sync.Mutex
-			winners []HostPort
+			winners []pins.HostPort
 		)
 		for i := range pods {
 			wg.Go(func() {
-				p := HostPort{Frontend: f, Backend: netip.MustParseAddrPort(fmt.Sprintf("10.0.%d.%d:80", round, i))}
+				p := pins.HostPort{Frontend: f, Backend: netip.MustParseAddrPort(fmt.Sprintf("10.0.%d.%d:80", round, i))}
 				for {
 					var err error
 					if p.ID, err = d.FreeHostPortID(f); err != nil {
@@ -121,9 +120,9 @@ func TestM3_HostPortRace(t *testing.T) {
 						return
 					}
 					switch err = d.PutHostPort(p); {
-					case errors.Is(err, ErrHostPortID):
+					case errors.Is(err, pins.ErrHostPortID):
 						continue
-					case errors.Is(err, ErrFrontendTaken):
+					case errors.Is(err, pins.ErrFrontendTaken):
 						err = d.DeleteHostPort(p)
 					case err == nil:
 						mu.Lock()
@@ -154,8 +153,8 @@ func TestM3_HostPortLeavesServicesAlone(t *testing.T) {
 	f := bpf.NewFrontendKey(unix.IPPROTO_TCP, netip.IPv4Unspecified(), 30080)
 	want := bpf.Service{Id: 5, List: [2]uint32{1, 1}}
 	must(t, d.Maps.Services.Update(&f, &want, ebpf.UpdateAny))
-	p := HostPort{ID: bpf.HostPortFirst, Frontend: f, Backend: netip.MustParseAddrPort("10.0.0.5:80")}
-	if err := d.PutHostPort(p); !errors.Is(err, ErrFrontendTaken) {
+	p := pins.HostPort{ID: bpf.HostPortFirst, Frontend: f, Backend: netip.MustParseAddrPort("10.0.0.5:80")}
+	if err := d.PutHostPort(p); !errors.Is(err, pins.ErrFrontendTaken) {
 		t.Errorf("PutHostPort = %v, want ErrFrontendTaken", err)
 	}
 	for _, id := range []uint32{p.ID, 0, 5} {

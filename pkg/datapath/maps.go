@@ -7,22 +7,16 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/bpf/object"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
-// mapVersion is the N of <name>_v<N>: raised when a map's key or value changes its layout, with a migration.
-var mapVersion = map[string]int{
-	"node_state": 2, // no migration: the agent writes its one entry whole
-}
-
-// Maps are the pinned maps of bpf/maps.h, which says who writes what. With Config.ForPods all but three are nil, until a hostPort needs four
-// more.
+// Maps are the pinned maps of bpf/maps.h, which says who writes what.
 type Maps struct {
 	Flows           *ebpf.Map
 	Endpoints       *ebpf.Map
@@ -48,9 +42,6 @@ type Maps struct {
 	Events          *ebpf.Map
 }
 
-// podMaps are those that Config.ForPods opens.
-var podMaps = map[string]bool{"endpoints": true, "endpoint_epochs": true, "pending": true}
-
 // fields pairs each field with the map's name in bpf/maps.h.
 func (m *Maps) fields() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
@@ -65,26 +56,12 @@ func (m *Maps) fields() map[string]**ebpf.Map {
 
 func (m *Maps) open(cfg Config) error {
 	for name, field := range m.fields() {
-		if cfg.ForPods && !podMaps[name] {
-			continue
+		pinned, err := ebpf.LoadPinnedMap(pins.MapPath(cfg, name), nil)
+		if err != nil {
+			return fmt.Errorf("open map %s: %w", name, err)
 		}
-		if err := openMap(cfg, name, field); err != nil {
-			return err
-		}
+		*field = pinned
 	}
-	return nil
-}
-
-// openMap opens one pin, unless it is open already.
-func openMap(cfg Config, name string, field **ebpf.Map) error {
-	if *field != nil {
-		return nil
-	}
-	pinned, err := ebpf.LoadPinnedMap(MapPath(cfg, name), nil)
-	if err != nil {
-		return fmt.Errorf("open map %s: %w", name, err)
-	}
-	*field = pinned
 	return nil
 }
 
@@ -96,15 +73,6 @@ func (m *Maps) close() error {
 	return errors.Join(errs...)
 }
 
-// MapPath is where the map of bpf/maps.h is pinned.
-func MapPath(cfg Config, name string) string {
-	version := mapVersion[name]
-	if version == 0 {
-		version = 1
-	}
-	return filepath.Join(cfg.mapDir(), fmt.Sprintf("%s_v%d", name, version))
-}
-
 // ensureMaps opens or creates every map. An existing one is kept with its content; if its layout differs from ours, that is an error,
 // because a changed layout has another name.
 func ensureMaps(cfg Config) (map[string]*ebpf.Map, error) {
@@ -112,7 +80,7 @@ func ensureMaps(cfg Config) (map[string]*ebpf.Map, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the map definitions: %w", err)
 	}
-	if err := os.MkdirAll(cfg.mapDir(), 0o700); err != nil {
+	if err := os.MkdirAll(cfg.MapDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("make the map directory: %w", err)
 	}
 	maps := map[string]*ebpf.Map{}
@@ -131,7 +99,7 @@ func ensureMap(cfg Config, name string, spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	if n := cfg.Sizes[name]; n != 0 {
 		spec.MaxEntries = n
 	}
-	path := MapPath(cfg, name)
+	path := pins.MapPath(cfg, name)
 	m, err := ebpf.LoadPinnedMap(path, nil)
 	if err == nil {
 		// A size differs when the configuration has changed since: the running map wins, its content is worth more.

@@ -5,6 +5,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 
@@ -17,15 +18,16 @@ import (
 var (
 	programNames = []string{
 		bpf.ProgFromPod, bpf.ProgToPod, bpf.ProgFromNetdev, bpf.ProgFromL3Netdev, bpf.ProgToNetdev, bpf.ProgFromOverlay, bpf.ProgToOverlay,
-		bpf.ProgFromHost, bpf.ProgToLoopback, bpf.ProgSweepFlows,
+		bpf.ProgFromHost, bpf.ProgToLoopback, bpf.ProgSweepFlows, bpf.ProgSweepFlow,
 	}
-	podPrograms = []string{bpf.ProgFromPod, bpf.ProgToPod}
+	// optionalPrograms are missing where the kernel has no BTF.
+	optionalPrograms = map[string]bool{bpf.ProgSweepFlow: true}
 )
 
 // ensurePrograms verifies, loads and pins this build's programs over the given maps. They appear under their directory's final name all
 // at once; what a crash left under the temporary name is removed first.
-func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
-	final, partial := cfg.progDir(), cfg.progDir()+"-partial" // bpffs has no dots in names
+func ensurePrograms(cfg Config, shared map[string]*ebpf.Map) error {
+	final, partial := cfg.ProgramDir(), cfg.ProgramDir()+"-partial" // bpffs has no dots in names
 	for _, dir := range []string{partial, final} {
 		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("remove left-over programs: %w", err)
@@ -39,7 +41,7 @@ func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
 		return fmt.Errorf("read the programs: %w", err)
 	}
 	for _, spec := range specs {
-		if err := pinPrograms(spec, maps, partial); err != nil {
+		if err := pinPrograms(spec, shared, partial); err != nil {
 			return err
 		}
 	}
@@ -50,10 +52,10 @@ func ensurePrograms(cfg Config, maps map[string]*ebpf.Map) error {
 }
 
 // LoadPrograms loads one object's programs over maps that exist already. The caller closes them.
-func LoadPrograms(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*ebpf.Collection, error) {
+func LoadPrograms(spec *ebpf.CollectionSpec, over map[string]*ebpf.Map) (*ebpf.Collection, error) {
 	replacements := map[string]*ebpf.Map{}
 	for name, m := range spec.Maps {
-		if shared, ok := maps[name]; ok {
+		if shared, ok := over[name]; ok {
 			m.MaxEntries = shared.MaxEntries()
 			replacements[name] = shared
 		}
@@ -65,8 +67,11 @@ func LoadPrograms(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map) (*ebpf.C
 	return coll, nil
 }
 
-func pinPrograms(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, dir string) error {
-	coll, err := LoadPrograms(spec, maps)
+func pinPrograms(spec *ebpf.CollectionSpec, shared map[string]*ebpf.Map, dir string) error {
+	coll, err := LoadPrograms(spec, shared)
+	if errors.Is(err, ebpf.ErrNotSupported) && dropOptional(spec) {
+		coll, err = LoadPrograms(spec, shared)
+	}
 	if err != nil {
 		return err
 	}
@@ -77,6 +82,13 @@ func pinPrograms(spec *ebpf.CollectionSpec, maps map[string]*ebpf.Map, dir strin
 		}
 	}
 	return nil
+}
+
+// dropOptional takes the optional programs out of an object, and reports whether there were any.
+func dropOptional(spec *ebpf.CollectionSpec) bool {
+	before := len(spec.Programs)
+	maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return optionalPrograms[name] })
+	return len(spec.Programs) < before
 }
 
 // loadError says what a person can do about a kernel that refuses a program. The verifier's last lines are in the error.

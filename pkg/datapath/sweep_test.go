@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -56,14 +58,28 @@ func TestSweepFlows(t *testing.T) {
 		{"a packet since the clock was read", udp, direction{idle: ^uint32(4)}, direction{idle: ^uint32(4)}, false},
 	} {
 		for _, v6 := range []bool{false, true} {
-			for _, now := range []uint32{200000, 50} { // the second: the clock has gone round since
-				key, want := putFlow(t, d, tt.proto, v6, now, &tt.fwd, &tt.rev), 0
-				if tt.gone {
-					want = 2
-				}
-				visited, deleted, err := d.SweepFlowsAt(now)
+			want := 0
+			if tt.gone {
+				want = 2
+			}
+			check := func(what string, key bpf.FlowKey, visited, deleted int, err error) {
 				if err != nil || visited == 0 || deleted != want {
-					t.Errorf("%s: SweepFlowsAt() = %d visited, %d deleted, %v, want %d deleted", tt.name, visited, deleted, err, want)
+					t.Errorf("%s: %s = %d visited, %d deleted, %v, want %d deleted", tt.name, what, visited, deleted, err, want)
+				}
+				dropFlow(t, d, key)
+			}
+			for _, now := range []uint32{200000, 50} { // the second: the clock has gone round since
+				key := putFlow(t, d, tt.proto, v6, now, &tt.fwd, &tt.rev)
+				visited, deleted, err := d.SweepFlowsAt(now)
+				check("SweepFlowsAt()", key, visited, deleted, err)
+			}
+			for { // the walk in pieces reads the clock itself, and may read the next second
+				now := seconds(t)
+				key := putFlow(t, d, tt.proto, v6, now, &tt.fwd, &tt.rev)
+				visited, deleted, err := d.SweepFlows(context.Background())
+				if seconds(t) == now {
+					check("SweepFlows()", key, visited, deleted, err)
+					break
 				}
 				dropFlow(t, d, key)
 			}
@@ -121,9 +137,7 @@ func TestSweepKeepsWhatIsNew(t *testing.T) {
 	t.Parallel()
 	ns, cfg := place(t)
 	d := ensure(t, ns, cfg)
-	var ts unix.Timespec
-	must(t, unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts))
-	putFlow(t, d, unix.IPPROTO_ICMP, true, uint32(ts.Sec), &direction{}, &direction{})
+	putFlow(t, d, unix.IPPROTO_ICMP, true, seconds(t), &direction{}, &direction{})
 	if visited, deleted, err := d.SweepFlows(context.Background()); err != nil || visited != 2 || deleted != 0 {
 		t.Errorf("SweepFlows() = %d, %d, %v, want 2, 0, nil", visited, deleted, err)
 	}
@@ -132,6 +146,62 @@ func TestSweepKeepsWhatIsNew(t *testing.T) {
 	if _, _, err := d.SweepFlows(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("SweepFlows() with a cancelled context = %v, want context.Canceled", err)
 	}
+}
+
+// The walk in pieces meets every entry once, however many pieces it takes, and counts them.
+func TestSweepInPieces(t *testing.T) {
+	t.Parallel()
+	ns, cfg := place(t)
+	d := ensure(t, ns, cfg)
+	if d.progs[bpf.ProgSweepFlow] == nil {
+		t.Fatal("sweep_flow is not loaded: the kernel has no BTF")
+	}
+	const flows, alive = 3 * sweepPiece, 777
+	now := seconds(t)
+	var keys []bpf.FlowKey
+	var values []bpf.Flow
+	for i := range flows {
+		k := bpf.NewFlowKey(unix.IPPROTO_UDP, netip.AddrPortFrom(netip.MustParseAddr("fd00::1"), uint16(i+1)), netip.MustParseAddrPort("[fd00::2]:53"))
+		f := bpf.Flow{LastSeen: now, Xlate: k}
+		if i >= alive {
+			f.LastSeen = now - 1000
+		}
+		keys = append(keys, k, k.Reverse())
+		values = append(values, f, f)
+		values[len(values)-1].Xlate = k.Reverse()
+	}
+	if _, err := d.Maps.Flows.BatchUpdate(keys, values, nil); err != nil {
+		t.Fatal(err)
+	}
+	visited, deleted, err := d.SweepFlows(context.Background())
+	if want := flows + alive; err != nil || deleted != 2*(flows-alive) || visited < want || visited > 2*flows {
+		t.Errorf("SweepFlows() = %d visited, %d deleted, %v, want at least %d and %d", visited, deleted, err, want, 2*(flows-alive))
+	}
+	if visited, deleted, err = d.SweepFlows(context.Background()); err != nil || visited != 2*alive || deleted != 0 {
+		t.Errorf("the next SweepFlows() = %d, %d, %v, want %d, 0, nil", visited, deleted, err, 2*alive)
+	}
+}
+
+// A kernel without BTF does not load the walk in pieces; the table is swept nevertheless.
+func TestSweepWithoutBTF(t *testing.T) {
+	t.Parallel()
+	ns, cfg := place(t)
+	ensure(t, ns, cfg)
+	must(t, os.Remove(filepath.Join(cfg.ProgramDir(), bpf.ProgSweepFlow)))
+	d := ensure(t, ns, cfg)
+	now := seconds(t)
+	putFlow(t, d, unix.IPPROTO_UDP, false, now, &direction{idle: 1000}, &direction{idle: 1000})
+	if visited, deleted, err := d.SweepFlows(context.Background()); err != nil || visited == 0 || deleted != 2 {
+		t.Errorf("SweepFlows() = %d, %d, %v, want 2 deleted", visited, deleted, err)
+	}
+}
+
+// seconds is the clock that the programs write with.
+func seconds(t *testing.T) uint32 {
+	t.Helper()
+	var ts unix.Timespec
+	must(t, unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts))
+	return uint32(ts.Sec)
 }
 
 // putFlow writes a translated flow: only xlate leads from one entry to the other.

@@ -64,7 +64,7 @@ func changeSysctl(cfg Config, path, old, value string) error {
 	if err := remember(cfg, "sysctls.json", path, old); err != nil {
 		return err
 	}
-	err := os.WriteFile(cfg.writable(path), []byte(value), 0)
+	err := os.WriteFile(writable(cfg, path), []byte(value), 0)
 	if errors.Is(err, syscall.EROFS) {
 		return fmt.Errorf("set %s to %s: %w (in a container that is not privileged the agent needs the node's /proc/sys/net and --proc-sys)", path, value, err)
 	}
@@ -75,7 +75,7 @@ func changeSysctl(cfg Config, path, old, value string) error {
 }
 
 // writable returns where a setting that is named below /proc/sys can be written.
-func (c Config) writable(path string) string {
+func writable(c Config, path string) string {
 	if c.ProcSys == "" {
 		return path
 	}

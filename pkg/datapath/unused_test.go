@@ -39,7 +39,7 @@ func TestUnusedProgramsAreRemoved(t *testing.T) {
 	})
 	// What an upgrade does is another name of the directory.
 	old := filepath.Join(cfg.BPFFS, "progs", "0123456789abcdef")
-	must(t, os.Rename(cfg.progDir(), old))
+	must(t, os.Rename(cfg.ProgramDir(), old))
 	now := ensure(t, ns, cfg)
 
 	remove := func(age time.Duration, want ...string) {

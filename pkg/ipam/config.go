@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/utils"
 )
 
 const (
@@ -82,8 +81,7 @@ func LoadConfig(stdin []byte, args string) (*Config, error) {
 	if err := json.Unmarshal(stdin, &doc); err != nil {
 		return nil, failf(types.ErrDecodingFailure, "decode network configuration: %v", err)
 	}
-	// What libcni accepts as a name (letters, digits, '_', '.', '-', not first a '.') is also safe as a directory's.
-	if err := utils.ValidateNetworkName(doc.Name); err != nil {
+	if err := CheckNetwork(doc.Name); err != nil {
 		return nil, err
 	}
 	var where struct {
@@ -106,6 +104,23 @@ func LoadConfig(stdin []byte, args string) (*Config, error) {
 	}
 	c.fault = errors.Join(c.loadSection(doc.IPAM), c.loadRequests(doc.RuntimeConfig, doc.Args, args))
 	return c, nil
+}
+
+// CheckNetwork says whether a network may have that name: letters, digits, '_', '.' and '-', first a letter or a digit, as libcni has it. Such
+// a name is also safe as a directory's. The error has code 7.
+func CheckNetwork(name string) error {
+	for i, c := range []byte(name) {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case i > 0 && (c == '_' || c == '.' || c == '-'):
+		default:
+			return failf(types.ErrInvalidNetworkConfig, "network name %q has a character that names cannot have", name)
+		}
+	}
+	if name == "" {
+		return failf(types.ErrInvalidNetworkConfig, "the network configuration has no name")
+	}
+	return nil
 }
 
 // dir is where the network's lease state is.

@@ -12,7 +12,6 @@ import (
 	"slices"
 
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/utils"
 )
 
 // Attachment is one interface of one container. ContainerID and IfName name it and are always needed.
@@ -228,7 +227,7 @@ func Networks(run string) ([]string, error) {
 	}
 	var out []string
 	for _, d := range dirs {
-		if d.IsDir() && utils.ValidateNetworkName(d.Name()) == nil {
+		if d.IsDir() && CheckNetwork(d.Name()) == nil {
 			out = append(out, d.Name())
 		}
 	}

@@ -18,8 +18,8 @@ import (
 
 // When snapshots are published.
 const (
-	// settle is how long a change waits for others that belong to it.
-	settle = time.Millisecond
+	// settle is how long a change waits for others that came with it. Those that come later are joined by the interval, if they are many.
+	settle = 200 * time.Microsecond
 	// interval is the least time between snapshots; share is how many times what one cost is waited before the next.
 	interval = 10 * time.Millisecond
 	share    = 10

@@ -88,19 +88,15 @@ func BenchmarkCompile(b *testing.B) {
 		b.Run(name+"/change", func(b *testing.B) {
 			b.ReportAllocs()
 			c := NewCompiler()
-			old, err := c.Compile(s)
-			if err != nil {
+			if _, _, err := c.Update(s); err != nil {
 				b.Fatal(err)
 			}
 			s, k := clone(s), state.Key{Namespace: "ns-0", Name: "policy-0"}
 			for i := 0; b.Loop(); i++ {
 				s.NetworkPolicies[k] = &state.NetworkPolicy{Key: k, Spec: largePolicy(i)}
-				r, err := c.Compile(s)
-				if err != nil {
+				if _, _, err := c.Update(s); err != nil {
 					b.Fatal(err)
 				}
-				Changed(old, r)
-				old = r
 			}
 		})
 	}
@@ -177,8 +173,7 @@ func BenchmarkCompileClusterPolicies(b *testing.B) {
 		})
 		b.Run(tc.name+"/change", func(b *testing.B) {
 			c := NewCompiler()
-			old, err := c.Compile(s)
-			if err != nil {
+			if _, _, err := c.Update(s); err != nil {
 				b.Fatal(err)
 			}
 			s := clone(s)
@@ -186,12 +181,9 @@ func BenchmarkCompileClusterPolicies(b *testing.B) {
 				p := *s.ClusterNetworkPolicies["cnp-0"]
 				p.Priority = 1 - p.Priority
 				s.ClusterNetworkPolicies["cnp-0"] = &p
-				r, err := c.Compile(s)
-				if err != nil {
+				if _, _, err := c.Update(s); err != nil {
 					b.Fatal(err)
 				}
-				Changed(old, r)
-				old = r
 			}
 		})
 	}

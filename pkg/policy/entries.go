@@ -5,7 +5,6 @@ package policy
 import (
 	"cmp"
 	"encoding/binary"
-	"fmt"
 	"slices"
 )
 
@@ -15,86 +14,96 @@ type permission struct {
 	rule uint32
 }
 
-// expansion turns one intent without ClusterNetworkPolicies into entries. Such an intent only allows, so what an identity is allowed is a
-// set of prefixes, and what everybody is allowed goes without saying. The others are the subject of tiers.go.
+// portEntry is an entry, but for whose it is.
+type portEntry struct {
+	portPrefix
+	Entry
+}
+
+// expansion is what one intent becomes in the policy map.
 type expansion struct {
-	w      *compilation
+	in     *increment
 	intent *intent
-	policy uint32
-	wide   map[portPrefix]uint32   // allowed for AnyIdentity: prefix → rule
-	memo   map[string][]permission // by statements that match, and the peer's named ports
+	// statements in the order in which they are named or asked; uses are the peers of each, none where the statement is about everybody.
+	statements []statement
+	uses       [][]*peerUse
+	// everybody are the entries for AnyIdentity, peers those of identities that are treated differently.
+	everybody []portEntry
+	peers     map[*identity][]portEntry
+	// dirty are the identities that statements have come to match, or do not match any more.
+	dirty identities
+
+	tiers *tiers                // with ClusterNetworkPolicies; nil: without
+	wide  map[portPrefix]uint32 // without: what everybody is allowed, prefix → rule
+	memo  map[string][]portEntry
 }
 
-// writeEntries fills Result.Entries.
-func (w *compilation) writeEntries() error {
-	for _, in := range w.sortedIntents() {
-		if in.tiered() {
-			w.writeTiers(in)
-		} else {
-			e := &expansion{w: w, intent: in, policy: w.numbers.policies[in.hash], memo: map[string][]permission{}}
-			e.write()
-		}
-		if len(w.result.Entries) > w.limits.Entries {
-			return fmt.Errorf("more than %d policy entries: %w", w.limits.Entries, ErrLimit)
+// begin prepares the expansion of an intent, for the first time or because its rules have other names.
+func (e *expansion) begin(in *increment, of *intent) {
+	dirty := e.dirty
+	*e = expansion{in: in, intent: of, memo: map[string][]portEntry{}, dirty: dirty}
+	if of.tiered() {
+		e.tiers = newTiers(in, of)
+		e.statements = e.tiers.statements
+		e.everybody = e.tiers.everybodysEntries()
+	} else {
+		// In order of the rules: of several that allow the same, the first one is named.
+		e.statements = slices.Clone(of.rules)
+		slices.SortFunc(e.statements, func(a, b statement) int { return compareRules(a.ref, b.ref) })
+		e.everybody = e.wideEntries()
+	}
+	e.uses = make([][]*peerUse, len(e.statements))
+	for i := range e.statements {
+		for _, p := range e.statements[i].matched() {
+			e.uses[i] = append(e.uses[i], in.peers[p.key])
 		}
 	}
-	return nil
 }
 
-func (e *expansion) write() {
-	// The statements in order of the rules: of several that allow the same, the first one is named.
-	statements := slices.Clone(e.intent.rules)
-	slices.SortFunc(statements, func(a, b statement) int { return compareRules(a.ref, b.ref) })
-
-	e.writeWide(statements)
+// all works out the entries of every identity.
+func (e *expansion) all() {
 	matching := map[*identity][]int{}
-	for i, s := range statements {
-		switch {
-		case !s.anyPeer:
-			for _, id := range e.w.identitiesOf(s.peers) {
-				matching[id] = append(matching[id], i)
-			}
-		case len(s.named) > 0: // its numeric ports are in wide
-			for _, id := range e.w.population.pods {
-				matching[id] = append(matching[id], i)
+	for i, uses := range e.uses {
+		for _, use := range uses {
+			for id := range use.matches {
+				if list := matching[id]; len(list) == 0 || list[len(list)-1] != i {
+					matching[id] = append(list, i)
+				}
 			}
 		}
 	}
+	e.peers = make(map[*identity][]portEntry, len(matching))
 	for id, list := range matching {
-		for _, p := range e.permissions(statements, list, id) {
-			e.w.result.Entries[e.key(id.number, p.portPrefix)] = Entry{Verdict: Allow, Rank: RankNetworkPolicy, Rule: p.rule}
-		}
-		if len(e.w.result.Entries) > e.w.limits.Entries {
-			return // writeEntries reports it
+		if entries := e.entries(list, id); len(entries) > 0 {
+			e.peers[id] = entries
 		}
 	}
 }
 
-// writeWide writes the entries for AnyIdentity: what rules without peers allow, and the isolation.
-func (e *expansion) writeWide(statements []statement) {
-	var list []permission
-	for _, s := range statements {
-		if s.anyPeer {
-			list = e.w.permit(list, s, s.ports)
+// one works out the entries of one identity.
+func (e *expansion) one(id *identity) []portEntry {
+	var list []int
+	for i, uses := range e.uses {
+		if slices.ContainsFunc(uses, func(use *peerUse) bool { _, ok := use.matches[id]; return ok }) {
+			list = append(list, i)
 		}
 	}
-	e.wide = map[portPrefix]uint32{}
-	e.w.result.Entries[e.key(AnyIdentity, portPrefix{})] = Entry{
-		Verdict: Deny, Rank: RankIsolation, Rule: e.w.numbers.rules[e.intent.isolation],
+	if len(list) == 0 {
+		return nil
 	}
-	for _, p := range pruneAgainst(nil, list) {
-		e.wide[p.portPrefix] = p.rule
-		e.w.result.Entries[e.key(AnyIdentity, p.portPrefix)] = Entry{Verdict: Allow, Rank: RankNetworkPolicy, Rule: p.rule}
-	}
+	return e.entries(list, id)
 }
 
-// permissions returns what the statements in list allow together with the identity as peer, without what AnyIdentity is allowed anyway.
-func (e *expansion) permissions(statements []statement, list []int, id *identity) []permission {
+// entries returns those of an identity that the statements in list match.
+func (e *expansion) entries(list []int, id *identity) []portEntry {
+	if e.tiers != nil {
+		list = union(list, e.tiers.everybody)
+	}
 	var key []byte
 	named := false
 	for _, i := range list {
 		key = binary.AppendUvarint(key, uint64(i))
-		named = named || len(statements[i].named) > 0
+		named = named || len(e.statements[i].named) > 0
 	}
 	if named && id.class != nil {
 		key = append(key, id.class.portsKey...)
@@ -102,53 +111,69 @@ func (e *expansion) permissions(statements []statement, list []int, id *identity
 	if out, ok := e.memo[string(key)]; ok {
 		return out
 	}
-	var all []permission
-	for _, i := range list {
-		s := statements[i]
-		if !s.anyPeer {
-			all = e.w.permit(all, s, s.ports)
-		}
-		if id.class != nil {
-			all = e.w.permit(all, s, resolve(s.named, id.class.ports))
-		}
+	var out []portEntry
+	if e.tiers != nil {
+		out = e.tiers.entries(list, id.class)
+	} else {
+		out = e.permissions(list, id)
 	}
-	out := pruneAgainst(e.wide, all)
+	if len(e.memo) > 2*len(e.peers)+64 { // most of it is of identities that are gone
+		clear(e.memo)
+	}
 	e.memo[string(key)] = out
 	return out
 }
 
-func (e *expansion) key(identity uint32, p portPrefix) Key {
-	return Key{
-		Policy: e.policy, Identity: identity, Direction: e.intent.direction,
-		Protocol: uint8(p.protocol), Port: p.port, Bits: p.bits,
+// wideEntries fills wide and returns the entries for AnyIdentity: what rules without peers allow, and the isolation. An intent without
+// ClusterNetworkPolicies only allows, so what an identity is allowed is a set of prefixes, and what everybody is allowed goes without
+// saying. The others are the subject of tiers.go.
+func (e *expansion) wideEntries() []portEntry {
+	var list []permission
+	for _, s := range e.statements {
+		if s.anyPeer {
+			list = e.in.permit(list, s, s.ports)
+		}
 	}
+	out := []portEntry{{Entry: Entry{Verdict: Deny, Rank: RankIsolation, Rule: e.in.ruleNumber(e.intent.isolation)}}}
+	e.wide = map[portPrefix]uint32{}
+	for _, p := range pruneAgainst(nil, list) {
+		if e.wide[p.portPrefix] = p.rule; p.bits == 0 {
+			out = nil // everything is allowed: this entry has the isolation's key
+		}
+		out = append(out, p.entry())
+	}
+	return out
+}
+
+// permissions returns what the statements in list allow together with the identity as peer, without what AnyIdentity is allowed anyway.
+func (e *expansion) permissions(list []int, id *identity) (out []portEntry) {
+	var all []permission
+	for _, i := range list {
+		s := e.statements[i]
+		if !s.anyPeer { // the numeric ports of the others are in wide
+			all = e.in.permit(all, s, s.ports)
+		}
+		if id.class != nil {
+			all = e.in.permit(all, s, resolve(s.named, id.class.ports))
+		}
+	}
+	for _, p := range pruneAgainst(e.wide, all) {
+		out = append(out, p.entry())
+	}
+	return out
+}
+
+func (p permission) entry() portEntry {
+	return portEntry{p.portPrefix, Entry{Verdict: Allow, Rank: RankNetworkPolicy, Rule: p.rule}}
 }
 
 // permit appends the ports, allowed by s.
-func (w *compilation) permit(list []permission, s statement, ports []portPrefix) []permission {
-	n := w.numbers.rules[s.name]
+func (in *increment) permit(list []permission, s statement, ports []portPrefix) []permission {
+	n := in.ruleNumber(s.name)
 	for _, p := range ports {
 		list = append(list, permission{portPrefix: p, rule: n})
 	}
 	return list
-}
-
-// identitiesOf returns the identities that any of the peers matches, once each.
-func (w *compilation) identitiesOf(peers []*peer) []*identity {
-	var out []*identity
-	for _, p := range peers {
-		ids, ok := w.matches[p.key]
-		if !ok {
-			ids = w.population.match(p)
-			w.matches[p.key] = ids
-		}
-		if len(peers) == 1 {
-			return ids
-		}
-		out = append(out, ids...)
-	}
-	slices.SortFunc(out, func(a, b *identity) int { return cmp.Compare(a.number, b.number) })
-	return slices.Compact(out)
 }
 
 // pruneAgainst returns the permissions, widest first, without those that a wider or earlier one of the list, or one in wide, holds.

@@ -4,6 +4,7 @@ package policy
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"slices"
 	"strconv"
@@ -25,9 +26,6 @@ type intent struct {
 	isolation string // its name
 }
 
-// nodeOnly stands for PolicyNodeOnly: whether a ClusterNetworkPolicy selects the pod is not known yet.
-var nodeOnly = &intent{}
-
 // statement is a rule whose ports have been resolved as far as the subject can resolve them.
 type statement struct {
 	key     string
@@ -40,44 +38,115 @@ type statement struct {
 	named   []namedPort // egress only: the peer resolves them
 }
 
-// intentOf returns the intent of a pod of class of, selected by objects, which are in their order; nil where nothing can be denied. Groups
-// remembers what was worked out for the same policies and named ports.
-func (w *compilation) intentOf(groups map[string]*intent, d Direction, objects []*object, of *class) *intent {
-	key := groupKey(d, objects, of)
-	if in, ok := groups[key]; ok {
-		return in
-	}
-	in := newIntent(d, objects, of)
-	if !in.denies() {
-		groups[key] = nil
-		return nil
-	}
-	if same, ok := w.intents[in.hash]; ok {
-		same.merge(in)
-		in = same
-	}
-	w.intents[in.hash] = in
-	groups[key] = in
-	return in
+// variant is the intent of pods that the same policies select, and whose own named ports the policies do not tell apart.
+type variant struct {
+	key   string // of the group
+	users int    // classes of local pods
+	// intent is nil where nothing can be denied. It is never written to: its names are those of these policies.
+	intent *intent
+	shared *shared
 }
 
-// groupKey is equal for pods whose intents are equal because the same policies select them.
+// shared is what equal variants have in common: a policy id with its entries. The intent's names are the first of all its variants'.
+type shared struct {
+	*intent
+	number   uint32
+	variants map[*variant]struct{}
+	entries  expansion
+}
+
+// holdVariant returns the variant of pods of class of, selected by objects, which are in their order; it has one user more.
+func (in *increment) holdVariant(d Direction, objects []*object, of *class) *variant {
+	key := groupKey(d, objects, of)
+	v := in.variants[key]
+	if v == nil {
+		v = &variant{key: key, intent: newIntent(d, objects, of)}
+		in.variants[key] = v
+		if v.intent.denies() {
+			in.share(v)
+		} else {
+			v.intent = nil
+		}
+	}
+	v.users++
+	return v
+}
+
+func (in *increment) releaseVariant(v *variant) {
+	if v == nil {
+		return
+	}
+	if v.users--; v.users > 0 {
+		return
+	}
+	delete(in.variants, v.key)
+	if v.shared == nil {
+		return
+	}
+	delete(v.shared.variants, v)
+	in.dirty.intents[v.shared] = struct{}{}
+	if len(v.shared.variants) == 0 {
+		delete(in.intents, v.shared.hash)
+		if v.shared.tiered() {
+			in.rules.remove(defaultAllow(v.shared.direction).String())
+		}
+	}
+}
+
+// share joins the variant with those that say the same.
+func (in *increment) share(v *variant) {
+	s := in.intents[v.intent.hash]
+	if s == nil {
+		s = &shared{intent: v.intent, variants: map[*variant]struct{}{}}
+		in.intents[s.hash] = s
+		if s.tiered() {
+			r := defaultAllow(s.direction)
+			in.rules.add(r.String(), r)
+		}
+	}
+	v.shared = s
+	s.variants[v] = struct{}{}
+	in.dirty.intents[s] = struct{}{}
+}
+
+// names works out the first names of all variants anew, and reports whether they are others than before.
+func (s *shared) names() (changed bool) {
+	var now *intent
+	for v := range s.variants {
+		if now == nil {
+			now = v.intent.clone()
+		} else {
+			now.merge(v.intent)
+		}
+	}
+	changed = s.isolation != now.isolation || !sameNames(s.rules, now.rules) || !sameNames(s.admin, now.admin) || !sameNames(s.baseline, now.baseline)
+	s.intent = now
+	return changed
+}
+
+func sameNames(a, b []statement) bool {
+	return slices.EqualFunc(a, b, func(a, b statement) bool { return a.name == b.name })
+}
+
+// clone returns a copy whose names can be changed.
+func (in *intent) clone() *intent {
+	out := *in
+	out.admin, out.rules, out.baseline = slices.Clone(in.admin), slices.Clone(in.rules), slices.Clone(in.baseline)
+	return &out
+}
+
+// groupKey is equal for pods whose intents are equal because the same policies, with the same text, select them.
 func groupKey(d Direction, objects []*object, of *class) string {
-	var b strings.Builder
-	b.WriteString(d.String())
+	b := []byte{byte(d)}
 	byName := false
 	for _, o := range objects {
-		b.WriteByte('0' + byte(o.tier))
-		if o.tier == networkTier {
-			b.WriteString(strconv.Quote(o.key.Namespace))
-		}
-		b.WriteString(strconv.Quote(o.key.Name))
+		b = binary.AppendUvarint(b, o.serial)
 		byName = byName || d == Ingress && slices.ContainsFunc(o.rules[d], func(r *rule) bool { return len(r.named) > 0 })
 	}
 	if byName {
-		b.WriteString(of.portsKey)
+		b = append(append(b, 0), of.portsKey...) // no serial is 0
 	}
-	return b.String()
+	return string(b)
 }
 
 func newIntent(d Direction, objects []*object, of *class) *intent {

@@ -57,9 +57,9 @@ type space struct {
 	Space
 }
 
-// allocation is the numbering of one compilation, not yet in force.
+// allocation is what one compilation numbers, not yet in force.
 type allocation struct {
-	assigned map[string]uint32
+	assigned map[string]uint32 // new ones
 	next     uint32
 	taken    int // of Freed
 }
@@ -68,19 +68,17 @@ func newSpace(name string, first, last uint32, reuse bool) *space {
 	return &space{name: name, first: first, last: last, reuse: reuse, Space: Space{Assigned: map[string]uint32{}, Next: first}}
 }
 
-// plan numbers the names in use: the number they had, or a new one, in the order of the names. It changes nothing.
-func (s *space) plan(inUse map[string]struct{}, now uint64) (*allocation, error) {
-	a := &allocation{assigned: make(map[string]uint32, len(inUse)), next: s.Next}
+// plan numbers those of the names that have no number yet, in the order of the names. It changes nothing.
+func (s *space) plan(names map[string]struct{}, now uint64) (*allocation, error) {
 	var missing []string
-	for name := range inUse {
-		if n, ok := s.Assigned[name]; ok {
-			a.assigned[name] = n
-		} else {
+	for name := range names {
+		if _, ok := s.Assigned[name]; !ok {
 			missing = append(missing, name)
 		}
 	}
+	a := &allocation{assigned: make(map[string]uint32, len(missing)), next: s.Next}
 	slices.Sort(missing)
-	for _, name := range missing {
+	for i, name := range missing {
 		switch {
 		case a.next <= s.last:
 			a.assigned[name] = a.next
@@ -89,28 +87,40 @@ func (s *space) plan(inUse map[string]struct{}, now uint64) (*allocation, error)
 			a.assigned[name] = s.Freed[a.taken].Number
 			a.taken++
 		default:
-			return nil, fmt.Errorf("number %d %s (%d to %d): %w", len(inUse), s.name, s.first, s.last, ErrExhausted)
+			return nil, fmt.Errorf("%d more %s than there are from %d to %d: %w", len(missing)-i, s.name, s.first, s.last, ErrExhausted)
 		}
 	}
 	return a, nil
 }
 
-// commit puts a plan in force.
-func (s *space) commit(a *allocation, now uint64) {
-	if s.reuse {
-		var freed []uint32
-		for name, n := range s.Assigned {
-			if _, ok := a.assigned[name]; !ok {
-				freed = append(freed, n)
-			}
+// commit puts a plan in force, and frees the numbers of the names that are gone.
+func (s *space) commit(a *allocation, gone []string, now uint64) {
+	var freed []uint32
+	for _, name := range gone {
+		if n, ok := s.Assigned[name]; ok {
+			freed = append(freed, n)
+			delete(s.Assigned, name)
 		}
+	}
+	if s.reuse {
 		slices.Sort(freed)
 		s.Freed = slices.Clone(s.Freed[a.taken:])
 		for _, n := range freed {
 			s.Freed = append(s.Freed, Freed{Number: n, Since: now})
 		}
 	}
-	s.Assigned, s.Next = a.assigned, a.next
+	maps.Copy(s.Assigned, a.assigned)
+	s.Next = a.next
+}
+
+// without returns the names that have a number and are not in use.
+func (s *space) without(inUse func(string) bool) (gone []string) {
+	for name := range s.Assigned {
+		if !inUse(name) {
+			gone = append(gone, name)
+		}
+	}
+	return gone
 }
 
 func (s *space) export() Space {
@@ -180,5 +190,6 @@ func (c *Compiler) Import(n Numbers) error {
 		return fmt.Errorf("import numbers: %w", err)
 	}
 	c.identities, c.policies, c.rules, c.compilations = identities, policies, rules, n.Compilations
+	c.last = nil
 	return nil
 }

@@ -24,7 +24,10 @@ import (
 // Whatever cannot be understood narrows what is allowed, never widens it: a peer or port matches nothing, and a NetworkPolicy whose subject
 // is unclear isolates its whole namespace and allows nothing. For ClusterNetworkPolicies see parseCluster.
 type object struct {
-	key      state.Key
+	key    state.Key
+	source any    // *state.NetworkPolicy or *state.ClusterNetworkPolicy
+	serial uint64 // its own, from 1
+
 	tier     tier
 	subject  labels.Selector // nil: every pod of the namespace
 	isolates [2]bool

@@ -8,7 +8,7 @@
 // It is pure: a snapshot goes in, desired state comes out. It reads no clock and knows neither maps nor netlink; writing the result to the
 // kernel is pkg/agent's work. Whether NetworkPolicy has a say in traffic between a pod and its own node, or itself, is decided by the
 // programs, and Entry.Cluster is what they need to know for it.
-// A Compiler is for one goroutine; a Result is read-only once returned.
+// A Compiler is for one goroutine; a Result is read-only for whoever gets it, and that of Update changes with the next Update.
 package policy
 
 import (

@@ -14,23 +14,34 @@ var mappedIPv4 = netip.MustParsePrefix("::ffff:0:0/96")
 type prefixes struct {
 	set     map[netip.Prefix]struct{}
 	lengths [2][]int // IPv4, IPv6; longest first
+	count   [2][129]int
 }
 
 func newPrefixes(list map[netip.Prefix]struct{}) *prefixes {
-	p := &prefixes{set: list}
-	var seen [2][129]bool
+	p := &prefixes{set: make(map[netip.Prefix]struct{}, len(list))}
 	for prefix := range list {
-		seen[family(prefix.Addr())][prefix.Bits()] = true
-	}
-	for f := range seen {
-		for bits, ok := range seen[f] {
-			if ok {
-				p.lengths[f] = append(p.lengths[f], bits)
-			}
-		}
-		slices.Reverse(p.lengths[f])
+		p.add(prefix)
 	}
 	return p
+}
+
+// add adds a prefix that is not in the set.
+func (p *prefixes) add(prefix netip.Prefix) {
+	p.set[prefix] = struct{}{}
+	f, bits := family(prefix.Addr()), prefix.Bits()
+	if p.count[f][bits]++; p.count[f][bits] == 1 {
+		at, _ := slices.BinarySearchFunc(p.lengths[f], bits, func(have, want int) int { return want - have })
+		p.lengths[f] = slices.Insert(p.lengths[f], at, bits)
+	}
+}
+
+// remove removes a prefix that is in the set.
+func (p *prefixes) remove(prefix netip.Prefix) {
+	delete(p.set, prefix)
+	f, bits := family(prefix.Addr()), prefix.Bits()
+	if p.count[f][bits]--; p.count[f][bits] == 0 {
+		p.lengths[f] = slices.DeleteFunc(p.lengths[f], func(have int) bool { return have == bits })
+	}
 }
 
 // longest returns the longest prefix of the set that holds all of within, or the zero value.

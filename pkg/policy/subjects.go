@@ -3,96 +3,82 @@
 package policy
 
 import (
+	"maps"
+	"net/netip"
 	"slices"
 
 	"k8s.io/apimachinery/pkg/labels"
 )
 
-// restrict fills Result.Restricted and Result.RestrictedElsewhere.
-func (w *compilation) restrict() {
-	for name := range w.snapshot.Namespaces {
-		w.result.Restricted[name] = false
-	}
-	for key := range w.snapshot.Pods {
-		w.result.Restricted[key.Namespace] = false
-	}
-	for name := range w.objects {
-		w.result.Restricted[name] = true
-	}
-	for name, restricted := range w.result.Restricted {
-		w.result.Restricted[name] = restricted || slices.ContainsFunc(w.cluster, func(o *object) bool { return w.mayRestrict(o, name) })
-		w.result.RestrictedElsewhere = w.result.RestrictedElsewhere || w.result.Restricted[name]
-	}
-	w.result.RestrictedElsewhere = w.result.RestrictedElsewhere || slices.ContainsFunc(w.cluster, func(o *object) bool {
-		return w.mayRestrict(o, "")
-	})
+// subject is a class that has local pods, and what policies say about them.
+type subject struct {
+	pods int // local ones
+	// variants are what the selecting policies say, by direction; nil: nothing is denied, or closed.
+	variants [2]*variant
+	// closed says that a ClusterNetworkPolicy could deny, if only the labels of the namespace were known: only traffic with the node is
+	// allowed then (PolicyNodeOnly).
+	closed [2]bool
+	// objects are the policies whose rules may decide.
+	objects [2][]*object
 }
 
-// mayRestrict reports whether a ClusterNetworkPolicy could deny something to a pod in the namespace, whose labels may be unknown.
-func (w *compilation) mayRestrict(o *object, namespace string) bool {
-	reaches, known := w.reaches(o, namespace)
-	return (reaches || !known) && (o.denies[Egress] || o.denies[Ingress])
-}
-
-// reaches reports whether the subject of a ClusterNetworkPolicy selects the namespace, and whether that can be known.
-func (w *compilation) reaches(o *object, namespace string) (reaches, known bool) {
-	if o.namespaces == nil || o.namespaces.Empty() {
-		return o.namespaces != nil, true
-	}
-	ns, known := w.snapshot.Namespaces[namespace]
-	return known && o.namespaces.Matches(labels.Set(ns.Labels)), known
-}
-
-// assign finds, for every local pod, the policies that select it and from them its intents.
-func (w *compilation) assign() {
-	groups := map[string]*intent{}
-	byClass := map[*class][2]*intent{}
-	for p, of := range w.classes {
-		if !p.Local {
-			continue
+// assign finds the policies that select the subjects that have changed, and from them their intents.
+func (in *increment) assign() {
+	for of := range in.subjects {
+		_, labels := in.dirty.namespaces[of.namespace]
+		if in.dirty.cluster || labels && len(in.cluster) > 0 {
+			in.dirty.subjects[of] = struct{}{}
 		}
-		intents, ok := byClass[of]
-		if !ok {
-			intents = w.intentsOf(groups, of)
-			byClass[of] = intents
+	}
+	for of := range in.dirty.subjects {
+		sub := in.subjects[of]
+		if sub == nil {
+			continue // came and went
 		}
-		w.assigned[p.Key] = intents
+		old := *sub
+		sub.variants, sub.closed, sub.objects = [2]*variant{}, [2]bool{}, [2][]*object{}
+		if sub.pods > 0 {
+			in.decide(of, sub)
+		} else {
+			delete(in.subjects, of)
+		}
+		for d, v := range old.variants {
+			in.deactivate(old.objects[d], Direction(d))
+			in.releaseVariant(v)
+		}
 	}
 }
 
-// intentsOf returns the intents of the local pods of a class.
-func (w *compilation) intentsOf(groups map[string]*intent, of *class) (intents [2]*intent) {
-	selected, unclear := w.selecting(of)
+// decide fills in what policies say about a class.
+func (in *increment) decide(of *class, sub *subject) {
+	selected, unclear := in.selecting(of)
+	sub.closed = unclear
 	for d, objects := range selected {
-		switch {
-		case unclear[d]:
-			intents[d] = nodeOnly
-			continue
-		case len(objects) == 0:
+		if unclear[d] || len(objects) == 0 {
 			continue
 		}
-		if intents[d] = w.intentOf(groups, Direction(d), objects, of); intents[d] == nil {
+		v := in.holdVariant(Direction(d), objects, of)
+		if v.intent == nil { // nothing is denied
+			in.releaseVariant(v)
 			continue
 		}
-		for _, o := range objects {
-			w.activate(o, Direction(d))
-		}
+		sub.variants[d], sub.objects[d] = v, objects
+		in.activate(objects, Direction(d))
 	}
-	return intents
 }
 
 // selecting returns the policies that say something about pods of a class, by direction and in their order. It is unclear where a
 // ClusterNetworkPolicy could deny, if only the labels of the namespace were known: then nothing may be allowed (promise 2).
-func (w *compilation) selecting(of *class) (selected [2][]*object, unclear [2]bool) {
-	network := w.objects[of.namespace]
-	for _, o := range w.cluster {
+func (in *increment) selecting(of *class) (selected [2][]*object, unclear [2]bool) {
+	network := in.network[of.namespace]
+	for _, o := range in.cluster {
 		if o.tier == baselineTier && network != nil {
 			selected, network = selectNetwork(selected, network, of), nil
 		}
 		if o.namespaces == nil || !o.subject.Matches(of.labels) {
 			continue
 		}
-		reaches, known := w.reaches(o, of.namespace)
+		reaches, known := in.reaches(o, of.namespace)
 		for d := range selected {
 			unclear[d] = unclear[d] || !known && o.denies[d]
 			if reaches && len(o.rules[d]) > 0 {
@@ -118,11 +104,93 @@ func selectNetwork(selected [2][]*object, network []*object, of *class) [2][]*ob
 	return selected
 }
 
-func (w *compilation) activate(o *object, d Direction) {
-	a, ok := w.active[o]
-	if !ok {
-		a = &[2]bool{}
-		w.active[o] = a
+// activate counts what the policies name in one direction: rules, prefixes, nodes. What is not counted by anyone need not be known here.
+func (in *increment) activate(objects []*object, d Direction) {
+	for _, o := range objects {
+		for _, r := range o.rules[d] {
+			in.rules.add(r.name, r.ref)
+			for _, p := range r.peers {
+				if p.nodes != nil {
+					in.nodePeers.add(p.key, p.nodes)
+				}
+				for _, prefix := range p.prefixes() {
+					in.named.add(prefix, struct{}{})
+				}
+			}
+		}
+		if o.tier == networkTier {
+			in.rules.add(o.isolationName[d], o.isolation[d])
+		}
 	}
-	a[d] = true
+}
+
+// deactivate takes back activate.
+func (in *increment) deactivate(objects []*object, d Direction) {
+	for _, o := range objects {
+		for _, r := range o.rules[d] {
+			in.rules.remove(r.name)
+			for _, p := range r.peers {
+				if p.nodes != nil {
+					in.nodePeers.remove(p.key)
+				}
+				for _, prefix := range p.prefixes() {
+					in.named.remove(prefix)
+				}
+			}
+		}
+		if o.tier == networkTier {
+			in.rules.remove(o.isolationName[d])
+		}
+	}
+}
+
+// prefixes are those that an ipBlock names.
+func (p *peer) prefixes() []netip.Prefix {
+	if !p.block.IsValid() {
+		return nil
+	}
+	return append(p.except[:len(p.except):len(p.except)], p.block)
+}
+
+// reaches reports whether the subject of a ClusterNetworkPolicy selects the namespace, and whether that can be known.
+func (in *increment) reaches(o *object, namespace string) (reaches, known bool) {
+	if o.namespaces == nil || o.namespaces.Empty() {
+		return o.namespaces != nil, true
+	}
+	ns, known := in.namespaces[namespace]
+	return known && o.namespaces.Matches(labels.Set(ns.Labels)), known
+}
+
+// restrict brings Result.Restricted and Result.RestrictedElsewhere to what they should be, and reports whether that changed anything.
+func (in *increment) restrict() (changed bool) {
+	r := in.result
+	if in.dirty.cluster {
+		for name := range r.Restricted {
+			in.dirty.restricted[name] = struct{}{}
+		}
+	}
+	for name := range in.dirty.restricted {
+		_, known := in.namespaces[name]
+		policies := len(in.network[name]) > 0
+		was, listed := r.Restricted[name]
+		if !known && !policies && in.inUse[name] == 0 {
+			changed = changed || listed
+			delete(r.Restricted, name)
+			continue
+		}
+		now := policies || slices.ContainsFunc(in.cluster, func(o *object) bool { return in.mayRestrict(o, name) })
+		changed = changed || !listed || was != now
+		r.Restricted[name] = now
+	}
+	elsewhere := slices.Contains(slices.Collect(maps.Values(r.Restricted)), true) ||
+		slices.ContainsFunc(in.cluster, func(o *object) bool { return in.mayRestrict(o, "") })
+	changed = changed || elsewhere != r.RestrictedElsewhere
+	r.RestrictedElsewhere = elsewhere
+	return changed
+}
+
+// mayRestrict reports whether a ClusterNetworkPolicy could deny something to a pod in the namespace, whose labels may be unknown.
+func (in *increment) mayRestrict(o *object, namespace string) bool {
+	reaches, known := in.reaches(o, namespace)
+	return (reaches || !known) && (o.denies[Egress] || o.denies[Ingress])
 }

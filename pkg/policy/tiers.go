@@ -2,10 +2,7 @@
 
 package policy
 
-import (
-	"encoding/binary"
-	"slices"
-)
+import "slices"
 
 // decision is what happens to traffic, and the rule that decides it.
 type decision struct {
@@ -19,15 +16,13 @@ type decision struct {
 // written as the fewest prefixes that say it. The kernel then finds the verdict in the two lookups that it does anyway.
 // docs/design/0013-policy-tiers.md has the reasons.
 type tiers struct {
-	w      *compilation
+	in     *increment
 	intent *intent
-	policy uint32
 	// statements of all tiers in the order in which they are asked; ends says where each tier ends.
 	statements []statement
 	ends       [3]int
 	everybody  []int     // places of the statements without peers
 	others     []segment // what happens to peers that no statement names
-	memo       map[string][]prefixDecision
 }
 
 // defaultAllow names the end of the last tier.
@@ -35,29 +30,28 @@ func defaultAllow(d Direction) Rule {
 	return Rule{Direction: d, Index: DefaultAllow}
 }
 
-func (w *compilation) writeTiers(in *intent) {
-	t := &tiers{w: w, intent: in, policy: w.numbers.policies[in.hash], memo: map[string][]prefixDecision{}}
+func newTiers(in *increment, of *intent) *tiers {
+	t := &tiers{in: in, intent: of}
 	t.order()
 	t.others = t.decide(t.everybody, nil)
-	for _, p := range completePrefixes(t.others) {
-		t.put(AnyIdentity, RankOthers, p)
-	}
-	for id, list := range t.matching() {
-		for _, p := range t.prefixes(list, id) {
-			t.put(id.number, RankPeer, p)
-		}
-		if len(w.result.Entries) > w.limits.Entries {
-			return // writeEntries reports it
-		}
-	}
+	return t
 }
 
-func (t *tiers) put(identity, rank uint32, p prefixDecision) {
-	key := Key{
-		Policy: t.policy, Identity: identity, Direction: t.intent.direction,
-		Protocol: uint8(p.protocol), Port: p.port, Bits: p.bits,
+func (t *tiers) everybodysEntries() []portEntry {
+	return portEntries(RankOthers, completePrefixes(t.others))
+}
+
+// entries returns those of a peer of a class that the statements in list match: none where they lead to what happens to all others.
+func (t *tiers) entries(list []int, peer *class) []portEntry {
+	return portEntries(RankPeer, differingPrefixes(t.decide(list, peer), t.others))
+}
+
+func portEntries(rank uint32, list []prefixDecision) []portEntry {
+	out := make([]portEntry, 0, len(list))
+	for _, p := range list {
+		out = append(out, portEntry{p.portPrefix, Entry{Verdict: p.verdict, Rank: rank, Rule: p.rule, Cluster: p.cluster}})
 	}
-	t.w.result.Entries[key] = Entry{Verdict: p.verdict, Rank: rank, Rule: p.rule, Cluster: p.cluster}
+	return out
 }
 
 // order fills statements. Those of NetworkPolicies have no order among themselves: first those for everybody, so that a
@@ -84,46 +78,6 @@ func (t *tiers) order() {
 	}
 }
 
-// matching returns, for every identity that may be treated differently from all others, the places of the statements that match it.
-func (t *tiers) matching() map[*identity][]int {
-	out := map[*identity][]int{}
-	for i, s := range t.statements {
-		var ids []*identity
-		switch {
-		case !s.anyPeer:
-			ids = t.w.identitiesOf(s.peers)
-		case len(s.named) > 0: // pods resolve the names
-			ids = t.w.population.pods
-		}
-		for _, id := range ids {
-			if list := out[id]; len(list) == 0 || list[len(list)-1] != i {
-				out[id] = append(list, i)
-			}
-		}
-	}
-	return out
-}
-
-// prefixes returns the entries of a peer that the statements in list match: none where they lead to what happens to all others.
-func (t *tiers) prefixes(list []int, id *identity) []prefixDecision {
-	list = union(list, t.everybody)
-	var key []byte
-	named := false
-	for _, i := range list {
-		key = binary.AppendUvarint(key, uint64(i))
-		named = named || len(t.statements[i].named) > 0
-	}
-	if named && id.class != nil {
-		key = append(key, id.class.portsKey...)
-	}
-	if out, ok := t.memo[string(key)]; ok {
-		return out
-	}
-	out := differingPrefixes(t.decide(list, id.class), t.others)
-	t.memo[string(key)] = out
-	return out
-}
-
 // decide asks the statements in list, which are places in their order, about a peer of a class; nil: no pod.
 func (t *tiers) decide(list []int, peer *class) []segment {
 	p := newPainting()
@@ -134,11 +88,11 @@ func (t *tiers) decide(list []int, peer *class) []segment {
 		}
 		if i == int(networkTier) && t.intent.isolated {
 			p.nextTier()
-			p.rest(decision{verdict: Deny, rule: t.w.numbers.rules[t.intent.isolation]})
+			p.rest(decision{verdict: Deny, rule: t.in.ruleNumber(t.intent.isolation)})
 		}
 		p.nextTier()
 	}
-	p.rest(decision{verdict: Allow, rule: t.w.numbers.rules[defaultAllow(t.intent.direction).String()]})
+	p.rest(decision{verdict: Allow, rule: t.in.ruleNumber(defaultAllow(t.intent.direction).String())})
 	return p.segments()
 }
 
@@ -148,7 +102,7 @@ func (t *tiers) ask(p *painting, s *statement, peer *class) {
 	if len(s.named) > 0 && peer != nil {
 		ports = append(slices.Clone(ports), resolve(s.named, peer.ports)...)
 	}
-	d := decision{verdict: Allow, rule: t.w.numbers.rules[s.name]}
+	d := decision{verdict: Allow, rule: t.in.ruleNumber(s.name)}
 	if s.action == deny {
 		d.verdict, d.cluster = Deny, true
 	}

@@ -61,6 +61,7 @@ func (in *increment) add(key state.Key, p *piece, out *Result, changes *Changes)
 		p.lists = append(p.lists, n)
 	}
 	maps.Copy(in.result.Tables, out.Tables)
+	p.members = make([]Member, 0, len(out.Serving)) // most of what a piece has: no room to grow
 	for m, in2 := range out.Serving {
 		changes.Serving[m] = struct{}{}
 		in.result.Serving[m] = in2

@@ -44,7 +44,9 @@ type cluster struct {
 	api       *apitest.Server
 	nodes     []*clusterNode
 	client    place            // outside
-	pods      map[string]place // by name
+	pods      map[string]place // by name; nodes without a CNI are there themselves
+	servers   map[string]*peer // by the pod's name
+	clients   map[string]*peer // by the namespace
 	daemons   []*daemon
 }
 
@@ -76,7 +78,10 @@ func (n *clusterNode) writeJSON(path string, v any) error {
 
 // newCluster makes a cluster without pods; its daemons are started later, so that they find everything there. The name is its own.
 func (b *bench) newCluster(name string, c *contender) (_ *cluster, err error) {
-	k := &cluster{bench: b, contender: c, dir: filepath.Join(b.node.dir, name), pods: map[string]place{}}
+	k := &cluster{
+		bench: b, contender: c, dir: filepath.Join(b.node.dir, name),
+		pods: map[string]place{}, servers: map[string]*peer{}, clients: map[string]*peer{},
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("make cluster %s: %w", name, err), k.close())
@@ -101,8 +106,14 @@ func (b *bench) newCluster(name string, c *contender) (_ *cluster, err error) {
 		k.nodes = append(k.nodes, n)
 	}
 	k.api.Put(clusterObjects(k.nodes)...)
+	if c.conflist == nil {
+		k.pods["remote"] = k.nodes[1].place
+	}
+	if c.overlay {
+		k.pods["remote"], err = k.overlay()
+	}
 	if !c.routes {
-		return k, nil
+		return k, err
 	}
 	for _, from := range k.nodes {
 		for _, to := range k.nodes {

@@ -17,6 +17,8 @@ type contender struct {
 	daemons func(*clusterNode) ([][]string, error)
 	// routes gives every node routes to the pods of the others.
 	routes bool
+	// overlay has the nodes' own traffic go by a VXLAN device of the kernel.
+	overlay bool
 }
 
 // onFirst is the contender with its daemons on the first node alone, for what needs no more.
@@ -31,8 +33,12 @@ func (c contender) onFirst() *contender {
 	return &c
 }
 
-// bare is nodes without anything, for traffic between the nodes themselves.
-var bare = &contender{id: "bare", name: "host ↔ host"}
+// Nodes without anything, for traffic between the nodes themselves: by the fabric, and by the kernel's own VXLAN over it, which no CNI that
+// encapsulates can do without.
+var (
+	bare      = &contender{id: "bare", name: "host ↔ host"}
+	bareVXLAN = &contender{id: "bare-vxlan", name: "host ↔ host, VXLAN", overlay: true}
+)
 
 // margayCluster is Margay with flags for its agent.
 func (n *node) margayCluster(id, name string, flags ...string) *contender {

@@ -33,31 +33,35 @@ const changePause = 1300 * time.Millisecond
 // mover is a cluster with the moving service.
 type mover struct {
 	*cluster
-	services int
-	at       string    // the pod that has the endpoint
-	changed  time.Time // the last time
-	took     []float64 // ms
-	memory   []float64 // MiB
+	at      string    // the pod that has the endpoint
+	changed time.Time // the last time
+	took    []float64 // ms
+	memory  []float64 // MiB
 }
 
 // benchEndpoints measures how long it takes until a new connection reaches the one endpoint that has taken another's place, from the event
 // that the API server sends on, and the memory of what does it.
 func benchEndpoints(ctx context.Context, b *bench) (err error) {
-	movers := map[*contender][]*mover{}
 	// The other node's agent is not what is measured, and must not share the processors with the one that is: it is left out where pods are
 	// reached without it, and frozen before the first change.
 	margay, proxy := b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"), b.node.referenceCluster("nftables").onFirst()
-	var all []*mover
+	var wanted []casting
 	for _, size := range endpointSizes {
-		for _, c := range []*contender{margay, proxy} {
-			m, err := b.newMover(ctx, c, size)
-			if err != nil {
-				return err
-			}
-			defer func() { err = errors.Join(err, m.close()) }()
-			movers[c] = append(movers[c], m)
-			all = append(all, m)
+		wanted = append(wanted, casting{margay, size - 1}, casting{proxy, size - 1})
+	}
+	clusters, err := b.startClusters(ctx, "endpoints", wanted...)
+	defer func() { err = errors.Join(err, closeClusters(clusters)) }()
+	if err != nil {
+		return err
+	}
+	var all []*mover
+	movers := map[casting]*mover{}
+	for _, c := range wanted {
+		m, err := newMover(ctx, clusters[c])
+		if err != nil {
+			return err
 		}
+		movers[c], all = m, append(all, m)
 	}
 	for i := range b.rounds(10, 1) {
 		for k := range all {
@@ -70,8 +74,8 @@ func benchEndpoints(ctx context.Context, b *bench) (err error) {
 			}
 		}
 	}
-	for i, size := range endpointSizes {
-		ours, theirs := movers[margay][i], movers[proxy][i]
+	for _, size := range endpointSizes {
+		ours, theirs := movers[casting{margay, size - 1}], movers[casting{proxy, size - 1}]
 		add := func(id, name, unit string, ours, theirs []float64) {
 			b.report.add(&measurement{
 				ID: fmt.Sprintf("endpoint.%s.%d", id, size), Section: endpointsSection, Name: fmt.Sprintf("%s, %s", name, count(size)),
@@ -92,28 +96,18 @@ func count(services int) string {
 	return fmt.Sprintf("%d services", services)
 }
 
-func (b *bench) newMover(ctx context.Context, c *contender, services int) (*mover, error) {
-	others := services - 1
-	if b.smoke {
-		others = min(others, 50)
-	}
-	k, err := b.startCluster(ctx, fmt.Sprintf("endpoints-%s-%d", c.id, services), c, others)
-	if err != nil {
-		return nil, err
-	}
-	m := &mover{cluster: k, services: services, at: "local"}
+func newMover(ctx context.Context, k *cluster) (*mover, error) {
+	m := &mover{cluster: k, at: "local"}
 	for _, name := range []string{"local", "remote"} {
 		if err := k.sayName(name); err != nil {
-			return nil, errors.Join(err, k.close())
+			return nil, err
 		}
 	}
 	k.put(serviceMoving.objects(m.endpoint())...)
 	if _, err := m.awaitName(ctx); err != nil {
-		return nil, errors.Join(err, k.close())
+		return nil, err
 	}
-	if err := k.ready(ctx); err != nil {
-		return nil, errors.Join(err, k.close())
-	}
+	err := k.ready(ctx)
 	for _, d := range k.daemons {
 		if d.on != k.nodes[0] {
 			err = errors.Join(err, d.freeze())

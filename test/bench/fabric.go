@@ -105,6 +105,29 @@ func linkUp(name string) error {
 	return netlink.LinkSetUp(l)
 }
 
+// overlay joins the nodes by a VXLAN device on each, as plain as it gets, and returns the second one by its address there.
+func (k *cluster) overlay() (place, error) {
+	var second place
+	for i, n := range k.nodes {
+		at := place{path: n.path, addrs: []netip.Addr{nth("172.16.2.0/24", uint32(n.number)), nth("2001:db8:2::/64", uint32(n.number))}}
+		other := k.nodes[1-i]
+		err := netns.Do(n.path, func() error {
+			attrs := netlink.NewLinkAttrs()
+			attrs.Name, attrs.MTU = "overlay", 1450
+			device := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: 1, Port: 8472, SrcAddr: n.addr(false).AsSlice(), Group: other.addr(false).AsSlice()}
+			if err := netlink.LinkAdd(device); err != nil {
+				return fmt.Errorf("make the overlay device: %w", err)
+			}
+			return at.configureDevice("overlay")
+		})
+		if err != nil {
+			return place{}, err
+		}
+		second = at
+	}
+	return second, nil
+}
+
 // route sends a prefix to a gateway, in the namespace at path.
 func route(path, prefix string, via netip.Addr) error {
 	_, dst, err := net.ParseCIDR(prefix)

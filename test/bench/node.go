@@ -173,8 +173,11 @@ func (n *node) barePair(number int) (a, b place, err error) {
 }
 
 // configure gives eth0 the place's addresses. The calling thread is in its namespace.
-func (p *place) configure() error {
-	eth0, err := netlink.LinkByName("eth0")
+func (p *place) configure() error { return p.configureDevice("eth0") }
+
+// configureDevice does the same to another device.
+func (p *place) configureDevice(name string) error {
+	device, err := netlink.LinkByName(name)
 	if err != nil {
 		return err
 	}
@@ -189,11 +192,11 @@ func (p *place) configure() error {
 			return err
 		}
 		na.Flags = unix.IFA_F_NODAD
-		if err := netlink.AddrAdd(eth0, na); err != nil {
+		if err := netlink.AddrAdd(device, na); err != nil {
 			return fmt.Errorf("add address %s: %w", prefix, err)
 		}
 	}
-	return netlink.LinkSetUp(eth0)
+	return netlink.LinkSetUp(device)
 }
 
 // program returns where a program of the node's datapath is pinned.

@@ -87,14 +87,14 @@ func sendWindow(fd int, buf []byte) error {
 	return nil
 }
 
-// transactions repeats do, which is worth so many of what is counted, for a while, and until one has been counted.
+// transactions repeats do, which is worth so many of what is counted.
 func transactions(duration time.Duration, worth float64, do func([]byte) error) (outcome, error) {
 	buf := make([]byte, max(64, datagramSize))
 	took := make([]float64, 0, 1<<16)
 	start := time.Now()
 	counted := start.Add(duration * warmUp / 100)
 	count := 0
-	for now := start; now.Sub(start) < duration || len(took) == 0; {
+	for now := start; now.Sub(start) < duration || len(took) == 0; { // however long the machine did something else
 		if err := do(buf); err != nil {
 			return outcome{}, err
 		}
@@ -114,8 +114,8 @@ func transactions(duration time.Duration, worth float64, do func([]byte) error) 
 	}, nil
 }
 
-// stream writes for a while, at least once, and then waits until the server has read everything: what stands in buffers is not transferred. It returns the
-// bits.
+// stream writes for a while, at least once, and then waits until the server has read everything: what stands in buffers is not transferred.
+// It returns the bits.
 func stream(fd int, end time.Time) (bits float64, err error) {
 	buf := make([]byte, 64<<10)
 	sent := 0

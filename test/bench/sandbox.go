@@ -55,7 +55,7 @@ func enter(ctx context.Context, o options, args []string, stdout, stderr io.Writ
 
 // build puts margay and the reference plugins into dir, all with the flags of a release.
 func build(ctx context.Context, dir string) error {
-	for name, pkg := range map[string]string{"margay": "./plugin", "margay-agent": "./agent"} {
+	for name, pkg := range map[string]string{"margay": "./plugin", "margay-loader": "./plugin/loader", "margay-agent": "./agent"} {
 		if err := goBuild(ctx, filepath.Join(dir, name), pkg); err != nil {
 			return err
 		}

@@ -8,121 +8,89 @@ import (
 	"fmt"
 )
 
-const servicesSection = "ClusterIP, both ends pinned to one CPU"
+const servicesSection = "ClusterIP"
 
-// Issue: what a service must keep of the pod behind it, and 1 000 and 10 000 services of one.
-const (
-	serviceRequests = 0.99
-	serviceConnects = 0.97
-)
-
-// serviceSizes are the numbers of services of Margay's clusters; proxySizes those of kube-proxy's, which takes a minute for 10 000 of two
-// families.
-var (
-	serviceSizes = []int{1, 1000, 10_000}
-	proxySizes   = []int{1, 1000}
-)
+// Issue: what a service must keep of the pod behind it, and many services of one.
+var serviceTargets = map[string]float64{modeRequests: 0.99, modeConnects: 0.97}
 
 // serviceLab is clusters with few and with many services.
 type serviceLab struct {
-	bench *bench
-	// margay and proxies are by the number of services.
-	margay, nftables, iptables map[int]*cluster
+	bench    *bench
+	margay   *contender
+	proxies  []*contender
+	entries  []casting
+	clusters map[casting]*cluster
 }
 
 // benchServices measures services beside the pods behind them, with more and more other services, and beside kube-proxy's.
 func benchServices(ctx context.Context, b *bench) (err error) {
-	l := &serviceLab{bench: b, margay: map[int]*cluster{}, nftables: map[int]*cluster{}, iptables: map[int]*cluster{}}
-	defer func() { err = errors.Join(err, l.close()) }()
-	for _, side := range []struct {
-		contender *contender
-		sizes     []int
-		clusters  map[int]*cluster
-	}{
-		{b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"), serviceSizes, l.margay},
-		{b.node.referenceCluster("nftables"), proxySizes, l.nftables},
-		{b.node.referenceCluster("iptables"), proxySizes, l.iptables},
-	} {
-		for _, size := range side.sizes {
-			others := size
-			if b.smoke {
-				others = min(size, 50)
-			}
-			k, err := b.startCluster(ctx, fmt.Sprintf("services-%s-%d", side.contender.id, size), side.contender, others)
-			if err != nil {
-				return err
-			}
-			side.clusters[size] = k
-		}
+	l := &serviceLab{
+		bench: b, margay: b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"),
+		proxies: []*contender{b.node.referenceCluster("nftables"), b.node.referenceCluster("iptables")},
+	}
+	l.choose()
+	l.clusters, err = b.startClusters(ctx, "services", l.entries...)
+	defer func() { err = errors.Join(err, closeClusters(l.clusters)) }()
+	if err != nil {
+		return err
 	}
 	for _, f := range families {
-		for _, mode := range []string{modeRequests, modeConnects} {
-			for _, w := range serviceWays {
-				if err := l.measure(ctx, f.name, f.v6, mode, w); err != nil {
-					return err
-				}
+		for _, w := range serviceWays {
+			if err := l.measure(ctx, f.name, f.v6, w); err != nil {
+				return err
 			}
 		}
 	}
 	return nil
 }
 
-func (l *serviceLab) close() error {
-	var errs []error
-	for _, clusters := range []map[int]*cluster{l.margay, l.nftables, l.iptables} {
-		for _, k := range clusters {
-			errs = append(errs, k.close())
-		}
+// choose says who takes part. kube-proxy takes half a minute to install 10 000 services of two families with nftables: that is for the long
+// form. With iptables it takes minutes.
+func (l *serviceLab) choose() {
+	nftables, iptables := l.proxies[0], l.proxies[1]
+	l.entries = []casting{{l.margay, 1}, {nftables, 1000}, {l.margay, 10_000}, {iptables, 1000}, {l.margay, 1000}}
+	if l.bench.full {
+		l.entries = append(l.entries, casting{nftables, 1}, casting{iptables, 1}, casting{nftables, 10_000})
 	}
-	return errors.Join(errs...)
-}
-
-// way is where a service's backend is, seen from the client.
-type way struct {
-	id, name string
-	service  clusterService
-	pod      func(k *cluster, v6 bool) course
-}
-
-var serviceWays = []way{
-	{"local", "same node", serviceLocal, (*cluster).within},
-	{"remote", "other node", serviceRemote, (*cluster).between},
 }
 
 // measure has all clusters take turns on one way.
-func (l *serviceLab) measure(ctx context.Context, family string, v6 bool, mode string, w way) error {
-	pod := &lane{course: w.pod(l.margay[serviceSizes[0]], v6)}
-	pod.name = "pod → pod"
-	lanes := []*lane{pod}
-	enter := func(clusters map[int]*cluster, sizes []int) map[int]*lane {
-		got := map[int]*lane{}
-		for _, size := range sizes {
-			k := clusters[size]
-			got[size] = &lane{course: k.clusterIP(w.service, v6)}
-			got[size].name = fmt.Sprintf("%s, %d", k.contender.name, size)
-			lanes = append(lanes, got[size])
-		}
-		return got
-	}
-	margay, nftables, iptables := enter(l.margay, serviceSizes), enter(l.nftables, proxySizes), enter(l.iptables, proxySizes)
-	if err := l.bench.inTurns(ctx, mode, lanes...); err != nil {
+func (l *serviceLab) measure(ctx context.Context, family string, v6 bool, w way) error {
+	first := l.clusters[casting{l.margay, 1}]
+	pod, err := first.runner(w.pod(first, v6), w.id)
+	if err != nil {
 		return err
 	}
-	target := map[string]float64{modeRequests: serviceRequests, modeConnects: serviceConnects}[mode]
-	for _, size := range serviceSizes {
-		c := comparison{section: servicesSection, rate: target,
-			id:   fmt.Sprintf("service.%s.%s.%s.%d", mode, idOf(family), w.id, size),
-			name: fmt.Sprintf("%s, %s, %s, %d services", modeNames[mode], family, w.name, size)}
-		reference := pod
-		if size != serviceSizes[0] { // flat: what many services keep of one
-			reference = margay[serviceSizes[0]]
+	pod.name = "pod → pod"
+	got, all := map[casting]*runner{}, []*runner{pod}
+	for _, e := range l.entries {
+		k := l.clusters[e]
+		r, err := k.runner(k.clusterIP(w.service, v6), w.id)
+		if err != nil {
+			return err
 		}
-		l.bench.compare(c, margay[size], reference)
-		for _, proxy := range []map[int]*lane{nftables, iptables} {
-			if proxy[size] != nil {
-				c := c
-				c.rate, c.id = 1, c.id+"."+idOf(proxy[size].name)
-				l.bench.compare(c, margay[size], proxy[size])
+		r.name = e.name + ", " + count(e.others)
+		got[e], all = r, append(all, r)
+	}
+	if err := l.bench.race(ctx, l.bench.choose(30, 10, 1), clusterKinds, all); err != nil {
+		return err
+	}
+	for _, size := range []int{1, 1000, 10_000} {
+		ours := got[casting{l.margay, size}]
+		c := comparison{
+			section: servicesSection, id: fmt.Sprintf("service.%s.%s.%d", w.id, idOf(family), size), targets: serviceTargets,
+			name: fmt.Sprintf("%s, %s, %s", count(size), w.name, family),
+		}
+		if size == 1 {
+			c.tails = true
+			l.bench.compare(c, ours, pod)
+		} else { // flat: many services keep of one what one keeps of its pod
+			l.bench.compare(c, ours, got[casting{l.margay, 1}])
+		}
+		c.targets, c.further, c.tails = everyFigure, true, true
+		for _, proxy := range l.proxies {
+			if theirs := got[casting{proxy, size}]; theirs != nil {
+				l.bench.compare(c, ours, theirs)
 			}
 		}
 	}

@@ -5,16 +5,57 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"sync"
 )
-
-// modeNames are what others call these kinds of traffic.
-var modeNames = map[string]string{modeRequests: "TCP_RR", modeConnects: "TCP_CRR"}
 
 // Services that are measured: their backend is on the client's node, or on the other one.
 var (
 	serviceLocal  = clusterService{name: "local", number: 10, nodePort: 30010, target: echoPort}
 	serviceRemote = clusterService{name: "remote", number: 11, nodePort: 30011, target: echoPort}
 )
+
+// casting is a cluster to be: a contender, and how many further services it is to have.
+type casting struct {
+	*contender
+	others int
+}
+
+// cast is contenders without further services.
+func cast(contenders ...*contender) (out []casting) {
+	for _, c := range contenders {
+		out = append(out, casting{c, 0})
+	}
+	return out
+}
+
+// startClusters makes several clusters at once, because most of it is waiting, and returns those that were made also when others failed.
+func (b *bench) startClusters(ctx context.Context, section string, wanted ...casting) (map[casting]*cluster, error) {
+	made, errs := make([]*cluster, len(wanted)), make([]error, len(wanted))
+	var wg sync.WaitGroup
+	for i, c := range wanted {
+		wg.Go(func() {
+			made[i], errs[i] = b.startCluster(ctx, fmt.Sprintf("%s-%s-%d", section, c.id, c.others), c.contender, c.others)
+		})
+	}
+	wg.Wait()
+	clusters := map[casting]*cluster{}
+	for i, c := range wanted {
+		if made[i] != nil {
+			clusters[c] = made[i]
+		}
+	}
+	return clusters, errors.Join(errs...)
+}
+
+// closeClusters ends them all.
+func closeClusters(clusters map[casting]*cluster) error {
+	var errs []error
+	for _, k := range clusters {
+		errs = append(errs, k.close())
+	}
+	return errors.Join(errs...)
+}
 
 // startCluster makes a cluster with a client and two servers in pods, "client" and "local" on the first node and "remote" on the other, the
 // two services, and so many more. Everything answers when it returns.
@@ -29,7 +70,10 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 		}
 	}()
 	if c.conflist == nil {
-		return k, k.serve(k.nodes[1].place)
+		if err := k.serve("remote", k.pods["remote"]); err != nil {
+			return nil, err
+		}
+		return k, nil
 	}
 	for _, p := range []struct {
 		node int
@@ -40,10 +84,13 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 			return nil, err
 		}
 		if p.name != "client" {
-			if err := k.serve(pod); err != nil {
+			if err := k.serve(p.name, pod); err != nil {
 				return nil, err
 			}
 		}
+	}
+	if b.smoke {
+		services = min(services, 50)
 	}
 	k.put(otherServices(services)...)
 	k.put(serviceLocal.objects(endpoint{k.pods["local"].addrs, "node1"})...)
@@ -58,32 +105,61 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 			courses = append(courses, k.clusterIP(s, f.v6), k.nodePort(s, f.v6))
 		}
 	}
-	return k, k.ready(ctx, courses...)
+	if err := k.ready(ctx, courses...); err != nil {
+		return nil, err
+	}
+	return k, nil
 }
 
-// serve starts a server in a place, for each family, until the cluster ends.
-func (k *cluster) serve(at place) error {
-	for _, f := range families {
-		stop, err := startServer(at, f.v6, modeServe, echoPort)
-		if err != nil {
-			return err
-		}
-		k.fixture.Cleanup(stop)
+// serve starts a server in a place, until the cluster ends.
+func (k *cluster) serve(name string, at place) error {
+	p, err := startServers(at)
+	if err != nil {
+		return err
 	}
+	k.fixture.Cleanup(p.stop)
+	k.servers[name] = p
 	return nil
 }
 
-// between is the way between the nodes: from pod to pod, or of the nodes' own where there are no pods.
+// runner has a client and a server for a course. Courses from one place share the client.
+func (k *cluster) runner(c course, server string) (*runner, error) {
+	client := k.clients[c.from]
+	if client == nil {
+		var err error
+		if client, err = startPeer(c.from); err != nil {
+			return nil, err
+		}
+		k.fixture.Cleanup(client.stop)
+		k.clients[c.from] = client
+	}
+	return &runner{course: c, client: client, server: k.servers[server]}, nil
+}
+
+// way is where a server is, seen from the client.
+type way struct {
+	id, name string
+	service  clusterService
+	pod      func(k *cluster, v6 bool) course
+}
+
+var serviceWays = []way{
+	{"local", "same node", serviceLocal, (*cluster).within},
+	{"remote", "other node", serviceRemote, (*cluster).between},
+}
+
+// between is the way between the nodes: from pod to pod, or of the nodes' own where there are no pods. It leaves the port to the kind of
+// traffic.
 func (k *cluster) between(v6 bool) course {
 	if k.contender.conflist == nil {
-		return course{k.contender.name, k.nodes[0].path, k.nodes[1].addr(v6), echoPort}
+		return course{k.contender.name, k.nodes[0].path, k.pods["remote"].addr(v6), 0}
 	}
-	return course{k.contender.name, k.pods["client"].path, k.pods["remote"].addr(v6), echoPort}
+	return course{k.contender.name, k.pods["client"].path, k.pods["remote"].addr(v6), 0}
 }
 
 // within is the way from pod to pod on the first node.
 func (k *cluster) within(v6 bool) course {
-	return course{k.contender.name, k.pods["client"].path, k.pods["local"].addr(v6), echoPort}
+	return course{k.contender.name, k.pods["client"].path, k.pods["local"].addr(v6), 0}
 }
 
 // clusterIP is the way from the client pod to a service.

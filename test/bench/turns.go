@@ -3,7 +3,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"math"
 	"net"
@@ -13,66 +12,60 @@ import (
 	"github.com/margay-cni/margay/pkg/netns"
 )
 
-// lane is a course with what was measured on it, round by round.
-type lane struct {
-	course
-	rate, p50, p99 []float64 // 1000/s, µs, µs
-}
+// clusterKinds are the kinds of traffic that clusters are asked for.
+var clusterKinds = kinds[:2]
 
-// inTurns measures every lane once a round. Who goes first changes from round to round, and so does the direction: nobody always follows
-// the same one.
-func (b *bench) inTurns(ctx context.Context, mode string, lanes ...*lane) error {
-	length := 150 * time.Millisecond
-	if mode == modeConnects {
-		length = 100 * time.Millisecond
-	}
-	if b.smoke {
-		length = 10 * time.Millisecond
-	}
-	for i := range b.rounds(10, 1) {
-		for k := range lanes {
-			at := (i + k) % len(lanes)
-			if i%2 == 1 {
-				at = len(lanes) - 1 - at
-			}
-			l := lanes[at]
-			o, err := runClient(ctx, l.course, mode, length)
-			if err != nil {
-				return err
-			}
-			l.rate, l.p50, l.p99 = append(l.rate, o.PerSecond/1000), append(l.p50, o.P50), append(l.p99, o.P99)
-		}
-	}
-	return nil
-}
-
-// comparison is what of two lanes is reported beside each other.
+// comparison is what of two runners is reported beside each other.
 type comparison struct {
 	section, id, name string
-	// rate is the target for the rate, and in inverse for p50; 0: none. strict has p99 to be no worse, too.
-	rate   float64
-	strict bool
+	further           bool               // a further reference of figures that have one
+	targets           map[string]float64 // for the rate, by mode, and in inverse for p50; none: no target
+	tails             bool               // p99, too
+	strict            bool               // with the target of p50
 }
 
-// compare reports one lane beside another.
-func (b *bench) compare(c comparison, ours, theirs *lane) {
-	add := func(id, name, unit string, target float64, ours, reference []float64) {
-		b.report.add(&measurement{
-			ID: id, Section: c.section, Name: name, Unit: unit, Reference: theirs.name, Target: target, Higher: unit == "1000/s",
-			ours: ours, theirs: reference,
-		})
+// compare reports the laps of one runner beside those of another.
+func (b *bench) compare(c comparison, ours, theirs *runner) {
+	for _, k := range kinds {
+		if len(ours.laps[k.id]) == 0 {
+			continue
+		}
+		target := c.targets[k.mode]
+		add := func(what, unit string, target float64, of func(lap) float64) {
+			m := &measurement{
+				ID: k.id + "." + c.id + what, Section: c.section, Name: k.name + ", " + c.name, Unit: unit, Reference: theirs.name,
+				Higher: what == "",
+			}
+			if what != "" {
+				m.Name += ", " + what[1:]
+			}
+			if c.further {
+				m = m.beside(theirs.name)
+			}
+			m.Target = target
+			for i, l := range ours.laps[k.id] {
+				m.add(of(l), of(theirs.laps[k.id][i]))
+			}
+			b.report.add(m)
+		}
+		add("", k.unit, target, func(l lap) float64 { return l.rate })
+		if !k.times {
+			continue
+		}
+		add(".p50", "µs", inverse(target), func(l lap) float64 { return l.p50 })
+		if c.tails && c.strict {
+			add(".p99", "µs", inverse(target), func(l lap) float64 { return l.p99 })
+		} else if c.tails {
+			add(".p99", "µs", 0, func(l lap) float64 { return l.p99 })
+		}
 	}
-	add(c.id, c.name, "1000/s", c.rate, ours.rate, theirs.rate)
-	add(c.id+".p50", c.name+", p50", "µs", inverse(c.rate), ours.p50, theirs.p50)
-	strict := 0.0
-	if c.strict {
-		strict = inverse(c.rate)
-	}
-	add(c.id+".p99", c.name+", p99", "µs", strict, ours.p99, theirs.p99)
 }
 
 // try connects once and asks for one byte.
 func try(c course) error {
+	if c.port == 0 {
+		c.port = echoPort
+	}
 	return netns.Do(c.from, func() error {
 		conn, err := net.DialTimeout("tcp", netip.AddrPortFrom(c.to, c.port).String(), 200*time.Millisecond)
 		if err != nil {

@@ -16,7 +16,7 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
-	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 const outsidePort = 4430
@@ -233,7 +233,7 @@ func countIngressDevices(t *testing.T, ifindex int) *ebpf.Map {
 	t.Cleanup(func() { prog.Close() })
 	wantNoError(t, "attach", netlink.FilterReplace(&netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: ifindex, Parent: netlink.HANDLE_MIN_EGRESS, Handle: datapath.FilterHandle, Priority: datapath.FilterPriority, Protocol: unix.ETH_P_ALL,
+			LinkIndex: ifindex, Parent: netlink.HANDLE_MIN_EGRESS, Handle: pins.FilterHandle, Priority: pins.FilterPriority, Protocol: unix.ETH_P_ALL,
 		},
 		Fd: prog.FD(), Name: "count", DirectAction: true,
 	}))

@@ -17,6 +17,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 type portMapping struct {
@@ -199,7 +200,7 @@ func TestM3_HostPortNeedsNoAgent(t *testing.T) {
 	r, err := m.records().Load("e2e-port", "eth0")
 	m.must(err)
 	for _, hp := range r.HostPorts {
-		m.must(d.DeleteHostPort(datapath.HostPort{
+		m.must(d.DeleteHostPort(pins.HostPort{
 			ID: hp.ID, Frontend: bpf.NewFrontendKey(hp.ProtocolNumber(), hp.Host.Addr(), hp.Host.Port()), Backend: hp.Pod,
 		}))
 	}

@@ -43,7 +43,7 @@ func buildAndRun(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	bin = dir
-	for name, pkg := range map[string]string{"margay": "plugin", "margay-ipam": "ipam", "margay-agent": "agent", "margayctl": "ctl"} {
+	for name, pkg := range map[string]string{"margay": "plugin", "margay-loader": "plugin/loader", "margay-ipam": "ipam", "margay-agent": "agent", "margayctl": "ctl"} {
 		build := exec.Command("go", "build", "-o", filepath.Join(dir, name), "github.com/margay-cni/margay/"+pkg)
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := build.CombinedOutput(); err != nil {

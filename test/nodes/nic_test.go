@@ -15,7 +15,7 @@ import (
 
 	"github.com/margay-cni/margay/internal/testutil/clustertest"
 	"github.com/margay-cni/margay/pkg/agent"
-	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // twoNICs is a cluster whose n2 has a second device, on a network of its own with another of the router's ports. The default routes are by
@@ -176,7 +176,7 @@ func hasPrograms(t *testing.T, n *clustertest.Node, device string) (filters int)
 				t.Fatal(err)
 			}
 			for _, f := range found {
-				if f.Attrs().Handle == datapath.FilterHandle && f.Attrs().Priority == datapath.FilterPriority {
+				if f.Attrs().Handle == pins.FilterHandle && f.Attrs().Priority == pins.FilterPriority {
 					filters++
 				}
 			}

@@ -10,7 +10,7 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/internal/testutil/progtest"
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 const hostPortNumber = 8053
@@ -22,7 +22,7 @@ var secondAddrs = []netip.Addr{netip.MustParseAddr("198.51.100.1"), netip.MustPa
 func addHostPort(t *testing.T, f *progtest.Fixture, host, to netip.AddrPort) {
 	t.Helper()
 	for _, k := range []pkt.Kind{pkt.TCP, pkt.UDP, pkt.SCTP} {
-		p := datapath.HostPort{Frontend: bpf.NewFrontendKey(k.Proto(host.Addr().Is6()), host.Addr(), host.Port()), Backend: to}
+		p := pins.HostPort{Frontend: bpf.NewFrontendKey(k.Proto(host.Addr().Is6()), host.Addr(), host.Port()), Backend: to}
 		var err error
 		p.ID, err = f.DP.FreeHostPortID(p.Frontend)
 		must(t, err)

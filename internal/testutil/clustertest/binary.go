@@ -3,6 +3,7 @@
 package clustertest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -29,7 +30,9 @@ func Main(m *testing.M) int {
 
 // built builds each binary once in this process.
 var built = map[string]func() error{
-	"margay":       sync.OnceValue(func() error { return build("margay", "plugin") }),
+	"margay": sync.OnceValue(func() error {
+		return errors.Join(build("margay", "plugin"), build("margay-loader", "plugin/loader"))
+	}),
 	"margay-agent": sync.OnceValue(func() error { return build("margay-agent", "agent") }),
 	"margayctl":    sync.OnceValue(func() error { return build("margayctl", "ctl") }),
 }

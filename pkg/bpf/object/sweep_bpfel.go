@@ -44,6 +44,7 @@ const (
 	sweepMapServiceEpochs   = "service_epochs"
 	sweepMapServices        = "services"
 	sweepMapSourceRanges    = "source_ranges"
+	sweepProgSweepFlow      = "sweep_flow"
 	sweepProgSweepFlows     = "sweep_flows"
 )
 
@@ -89,6 +90,7 @@ type sweepSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sweepProgramSpecs struct {
+	SweepFlow  *ebpf.ProgramSpec `ebpf:"sweep_flow"`
 	SweepFlows *ebpf.ProgramSpec `ebpf:"sweep_flows"`
 }
 
@@ -225,11 +227,13 @@ type sweepVariables struct {
 //
 // It can be passed to loadSweepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sweepPrograms struct {
+	SweepFlow  *ebpf.Program `ebpf:"sweep_flow"`
 	SweepFlows *ebpf.Program `ebpf:"sweep_flows"`
 }
 
 func (p *sweepPrograms) Close() error {
 	return _SweepClose(
+		p.SweepFlow,
 		p.SweepFlows,
 	)
 }

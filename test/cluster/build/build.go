@@ -20,10 +20,10 @@ import (
 	"time"
 )
 
-const (
-	kubernetesVersion = "v1.37.2"
-	kubernetesModule  = "test/cluster/tools/kubernetes"
-)
+// KubernetesVersion is what the module that pins Kubernetes requires.
+const KubernetesVersion = "v1.37.2"
+
+const kubernetesModule = "test/cluster/tools/kubernetes"
 
 // program is one binary of build/cluster/bin.
 type program struct {
@@ -36,10 +36,10 @@ type program struct {
 }
 
 func programs() []program {
-	major, minor, _ := strings.Cut(strings.TrimPrefix(kubernetesVersion, "v"), ".")
+	major, minor, _ := strings.Cut(strings.TrimPrefix(KubernetesVersion, "v"), ".")
 	minor, _, _ = strings.Cut(minor, ".")
 	const version = "k8s.io/component-base/version."
-	kubernetes := fmt.Sprintf("-X %sgitVersion=%s -X %sgitMajor=%s -X %sgitMinor=%s", version, kubernetesVersion, version, major, version, minor)
+	kubernetes := fmt.Sprintf("-X %sgitVersion=%s -X %sgitMajor=%s -X %sgitMinor=%s", version, KubernetesVersion, version, major, version, minor)
 	var all []program
 	for _, name := range []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl", "kube-proxy"} {
 		all = append(all, program{name: name, module: kubernetesModule, pkg: "k8s.io/kubernetes/cmd/" + name, ldflags: kubernetes})

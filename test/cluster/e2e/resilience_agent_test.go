@@ -197,7 +197,7 @@ func buildNext(t *testing.T) nextBuild {
 	changed := "package bpf\n\nconst build = \"" + number + "\"\n"
 	writeFile(t, filepath.Join(dir, "build.go"), changed)
 	writeFile(t, overlay, fmt.Sprintf(`{"Replace": {%q: %q}}`, source, filepath.Join(dir, "build.go")))
-	for name, main := range map[string]string{"margay": "plugin", "margay-ipam": "ipam", "margay-agent": "agent", "margayctl": "ctl", "margay-install": "install"} {
+	for name, main := range map[string]string{"margay": "plugin", "margay-loader": "plugin/loader", "margay-ipam": "ipam", "margay-agent": "agent", "margayctl": "ctl", "margay-install": "install"} {
 		command(t, top, "go", "build", "-trimpath", "-buildvcs=false", "-overlay", overlay, "-ldflags", "-s -w -X main.version=next",
 			"-o", filepath.Join(dir, "bin", name), "./"+main)
 	}

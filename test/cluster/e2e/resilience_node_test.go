@@ -25,9 +25,9 @@ import (
 
 	"github.com/margay-cni/margay/pkg/addr"
 	"github.com/margay-cni/margay/pkg/bpf"
-	"github.com/margay-cni/margay/pkg/datapath"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/ipam"
+	"github.com/margay-cni/margay/pkg/pins"
 	"github.com/margay-cni/margay/test/cluster/lab"
 )
 
@@ -281,7 +281,7 @@ func hostPortEntries(n *lab.Node) (map[uint32]bool, error) {
 	var value bpf.Service
 	entries := m.Iterate()
 	for entries.Next(&key, &value) {
-		if datapath.IsHostPort(value.Id) {
+		if pins.IsHostPort(value.Id) {
 			all[value.Id] = true
 		}
 	}
@@ -295,13 +295,13 @@ func strayPending(n *lab.Node) (strays int, err error) {
 	if err := errors.Join(api.get(context.Background(), "Pod", "", "", &pods), api.get(context.Background(), "Namespace", "", "", &namespaces)); err != nil {
 		return 0, err
 	}
-	known := map[bpf.PendingKey]bool{datapath.PendingKeyOf("", "", ""): true}
+	known := map[bpf.PendingKey]bool{pins.PendingKeyOf("", "", ""): true}
 	for _, ns := range namespaces.Items {
-		known[datapath.PendingKeyOf(ns.Name, "", "")] = true
+		known[pins.PendingKeyOf(ns.Name, "", "")] = true
 	}
 	for _, p := range pods.Items {
 		if p.Spec.NodeName == n.Name {
-			known[datapath.PendingKeyOf(p.Namespace, p.Name, string(p.UID))] = true
+			known[pins.PendingKeyOf(p.Namespace, p.Name, string(p.UID))] = true
 		}
 	}
 	m, err := openMap(n, "pending")

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package datapath
+package pins
 
 import (
 	"errors"
@@ -8,7 +8,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 )
@@ -29,22 +29,6 @@ var (
 	// ErrHostPortID says that another hostPort has the id.
 	ErrHostPortID = errors.New("id is taken")
 )
-
-// lateMaps are those that hostPorts need beyond podMaps.
-var lateMaps = []string{"services", "backends", "service_backends", "service_epochs"}
-
-// openLate opens what Config.ForPods has left out: few pods have hostPorts, and every pin that ADD opens costs.
-func (d *Datapath) openLate() error {
-	d.late.Lock()
-	defer d.late.Unlock()
-	fields := d.Maps.fields()
-	for _, name := range lateMaps {
-		if err := openMap(d.cfg, name, fields[name]); err != nil {
-			return err
-		}
-	}
-	return nil
-}
 
 // Service returns the frontend's entry, the same for every reader.
 func (p HostPort) Service() bpf.Service {
@@ -72,7 +56,7 @@ func IsHostPort(id uint32) bool {
 
 // FreeHostPortID returns an id that no hostPort has and that is none of those to skip, the first one from a place on that depends on the
 // frontend. Another process may take it before the caller does: PutHostPort then says ErrHostPortID.
-func (d *Datapath) FreeHostPortID(f bpf.FrontendKey, skip ...uint32) (uint32, error) {
+func (d *Pods) FreeHostPortID(f bpf.FrontendKey, skip ...uint32) (uint32, error) {
 	if err := d.openLate(); err != nil {
 		return 0, err
 	}
@@ -83,11 +67,9 @@ func (d *Datapath) FreeHostPortID(f bpf.FrontendKey, skip ...uint32) (uint32, er
 		if slices.Contains(skip, p.ID) {
 			continue
 		}
-		var b bpf.Backend
-		key := p.slot()
-		taken, err := found(d.Maps.Backends.Lookup(&key, &b))
+		_, taken, err := d.backends.lookup(p.slot())
 		if err != nil {
-			return 0, fmt.Errorf("look up list %d: %w", key.List, err)
+			return 0, fmt.Errorf("look up list %d: %w", p.slot().List, err)
 		}
 		if !taken {
 			return p.ID, nil
@@ -98,32 +80,30 @@ func (d *Datapath) FreeHostPortID(f bpf.FrontendKey, skip ...uint32) (uint32, er
 
 // PutHostPort makes the hostPort, backend first and frontend last; what is there of it already is left. After an error it may be there in
 // part: DeleteHostPort removes that. The error wraps ErrFrontendTaken or ErrHostPortID when somebody else has what it needs.
-func (d *Datapath) PutHostPort(p HostPort) error {
+func (d *Pods) PutHostPort(p HostPort) error {
 	if err := d.openLate(); err != nil {
 		return err
 	}
 	slot, backend := p.slot(), bpf.NewBackend(p.Backend)
-	if err := insert(d.Maps.Backends, slot, backend, ErrHostPortID); err != nil {
-		return fullError("backends", d.Maps.Backends, fmt.Errorf("make list %d: %w", slot.List, err))
+	if err := insert(&d.backends, slot, backend, ErrHostPortID); err != nil {
+		return d.backends.fullError(fmt.Errorf("make list %d: %w", slot.List, err))
 	}
-	member, one := p.member(), uint32(1)
-	if err := d.Maps.ServiceBackends.Update(&member, &one, ebpf.UpdateAny); err != nil {
-		return fullError("service_backends", d.Maps.ServiceBackends, fmt.Errorf("register backend %s: %w", p.Backend, err))
+	if err := d.serviceBackends.update(p.member(), 1, updateAny); err != nil {
+		return d.serviceBackends.fullError(fmt.Errorf("register backend %s: %w", p.Backend, err))
 	}
-	if err := insert(d.Maps.Services, p.Frontend, p.Service(), ErrFrontendTaken); err != nil {
-		return fullError("services", d.Maps.Services, fmt.Errorf("make the frontend: %w", err))
+	if err := insert(&d.services, p.Frontend, p.Service(), ErrFrontendTaken); err != nil {
+		return d.services.fullError(fmt.Errorf("make the frontend: %w", err))
 	}
 	return nil
 }
 
 // insert makes an entry; another one under that key is the error taken, the same one is success.
-func insert[K, V comparable](m *ebpf.Map, k K, v V, taken error) error {
-	err := m.Update(&k, &v, ebpf.UpdateNoExist)
-	if !errors.Is(err, ebpf.ErrKeyExist) {
+func insert[K, V comparable](t *table[K, V], k K, v V, taken error) error {
+	err := t.update(k, v, updateNoExist)
+	if !errors.Is(err, unix.EEXIST) {
 		return err
 	}
-	var have V
-	switch ok, err := found(m.Lookup(&k, &have)); {
+	switch have, ok, err := t.lookup(k); {
 	case err != nil:
 		return err
 	case ok && have == v:
@@ -134,7 +114,7 @@ func insert[K, V comparable](m *ebpf.Map, k K, v V, taken error) error {
 
 // DeleteHostPort removes what is there of the hostPort, as long as it is this one: without an id the frontend's, if that leads to the backend.
 // What is missing or somebody else's is no error. Flows lose their translation.
-func (d *Datapath) DeleteHostPort(p HostPort) error {
+func (d *Pods) DeleteHostPort(p HostPort) error {
 	if err := d.openLate(); err != nil {
 		return err
 	}
@@ -149,8 +129,7 @@ func (d *Datapath) DeleteHostPort(p HostPort) error {
 		return nil
 	}
 	slot := p.slot()
-	var b bpf.Backend
-	listed, err := found(d.Maps.Backends.Lookup(&slot, &b))
+	b, listed, err := d.backends.lookup(slot)
 	if err != nil {
 		return fmt.Errorf("look up list %d: %w", slot.List, err)
 	}
@@ -158,11 +137,11 @@ func (d *Datapath) DeleteHostPort(p HostPort) error {
 		return nil
 	}
 	if there && s.Id == p.ID {
-		if err := remove(d.Maps.Services, p.Frontend); err != nil {
+		if err := d.services.remove(p.Frontend); err != nil {
 			return fmt.Errorf("delete the frontend: %w", err)
 		}
 	}
-	if err := remove(d.Maps.ServiceBackends, p.member()); err != nil {
+	if err := d.serviceBackends.remove(p.member()); err != nil {
 		return fmt.Errorf("delete backend %s: %w", p.Backend, err)
 	}
 	if err := d.RaiseServiceEpochs(p.ID); err != nil {
@@ -172,34 +151,25 @@ func (d *Datapath) DeleteHostPort(p HostPort) error {
 		return nil
 	}
 	// From here on the id may have another owner.
-	if err := remove(d.Maps.Backends, slot); err != nil {
+	if err := d.backends.remove(slot); err != nil {
 		return fmt.Errorf("delete list %d: %w", slot.List, err)
 	}
 	return nil
 }
 
-// remove deletes an entry; a missing one is no error.
-func remove[K any](m *ebpf.Map, k K) error {
-	if err := m.Delete(&k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return err
-	}
-	return nil
-}
-
 // LookupFrontend returns what a frontend leads to.
-func (d *Datapath) LookupFrontend(f bpf.FrontendKey) (s bpf.Service, ok bool, err error) {
+func (d *Pods) LookupFrontend(f bpf.FrontendKey) (s bpf.Service, ok bool, err error) {
 	if err := d.openLate(); err != nil {
 		return s, false, err
 	}
-	ok, err = found(d.Maps.Services.Lookup(&f, &s))
-	if err != nil {
+	if s, ok, err = d.services.lookup(f); err != nil {
 		return s, false, fmt.Errorf("look frontend up: %w", err)
 	}
 	return s, ok, nil
 }
 
 // CheckHostPort tells what of the hostPort is not there.
-func (d *Datapath) CheckHostPort(p HostPort) error {
+func (d *Pods) CheckHostPort(p HostPort) error {
 	s, ok, err := d.LookupFrontend(p.Frontend)
 	switch {
 	case err != nil:
@@ -209,15 +179,12 @@ func (d *Datapath) CheckHostPort(p HostPort) error {
 	case s != p.Service():
 		return fmt.Errorf("services map has it under id %d, want %d", s.Id, p.ID)
 	}
-	slot, member := p.slot(), p.member()
-	var b bpf.Backend
-	if ok, err := found(d.Maps.Backends.Lookup(&slot, &b)); err != nil {
-		return fmt.Errorf("look up list %d: %w", slot.List, err)
+	if b, ok, err := d.backends.lookup(p.slot()); err != nil {
+		return fmt.Errorf("look up list %d: %w", p.slot().List, err)
 	} else if !ok || b != bpf.NewBackend(p.Backend) {
 		return fmt.Errorf("backends map does not lead to %s", p.Backend)
 	}
-	var one uint32
-	if ok, err := found(d.Maps.ServiceBackends.Lookup(&member, &one)); err != nil {
+	if _, ok, err := d.serviceBackends.lookup(p.member()); err != nil {
 		return fmt.Errorf("look backend up: %w", err)
 	} else if !ok {
 		return fmt.Errorf("service_backends map lacks %s", p.Backend)
@@ -226,13 +193,13 @@ func (d *Datapath) CheckHostPort(p HostPort) error {
 }
 
 // HostPortBackend returns what the hostPort with that id leads to.
-func (d *Datapath) HostPortBackend(id uint32) (to netip.AddrPort, ok bool, err error) {
+func (d *Pods) HostPortBackend(id uint32) (to netip.AddrPort, ok bool, err error) {
 	if err := d.openLate(); err != nil {
 		return to, false, err
 	}
 	slot := HostPort{ID: id}.slot()
-	var b bpf.Backend
-	if ok, err = found(d.Maps.Backends.Lookup(&slot, &b)); err != nil {
+	b, ok, err := d.backends.lookup(slot)
+	if err != nil {
 		return to, false, fmt.Errorf("look up list %d: %w", slot.List, err)
 	}
 	return b.AddrPort(), ok, nil

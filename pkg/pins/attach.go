@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pins
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/bpf"
+)
+
+// FilterPriority and FilterHandle are where our filters sit on a device's clsact qdisc. Lower priorities run first. The handle is one
+// that nobody else picks (most people take 1): a filter under the same two numbers would be replaced.
+const (
+	FilterPriority = 1
+	FilterHandle   = 0x6d67
+)
+
+// ErrNotAttached is wrapped when a device lacks one of our programs, or has another build's.
+var ErrNotAttached = errors.New("program is not attached")
+
+// Hook is a program on one side of a device.
+type Hook struct {
+	Program string
+	Parent  uint32 // netlink.HANDLE_MIN_INGRESS or HANDLE_MIN_EGRESS
+	FD      int    // of the program; not needed to detach
+}
+
+// AttachPod attaches from_pod and to_pod to a pod's host-side device, like Attach.
+func (p *Pods) AttachPod(ifindex int) error { return Attach(ifindex, p.hooks()...) }
+
+// DetachPod is like Detach.
+func (p *Pods) DetachPod(ifindex int) error { return Detach(ifindex, p.hooks()...) }
+
+// PodAttached is like Attached.
+func (p *Pods) PodAttached(ifindex int) error { return Attached(ifindex, p.hooks()...) }
+
+func (p *Pods) hooks() []Hook {
+	return []Hook{{bpf.ProgFromPod, netlink.HANDLE_MIN_INGRESS, p.fromPod}, {bpf.ProgToPod, netlink.HANDLE_MIN_EGRESS, p.toPod}}
+}
+
+// Attach puts the programs on a device, in the calling thread's network namespace. An older build's programs are replaced without a gap. It
+// takes one netlink message, and one for each program, and waits for no grace period: docs/design/0003-attach.md.
+func Attach(ifindex int, hooks ...Hook) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink socket: %w", err)
+	}
+	defer h.Close()
+	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: ifindex, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}
+	if err := h.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add clsact to device %d: %w", ifindex, err)
+	}
+	for _, hook := range hooks {
+		if err := h.FilterReplace(filter(ifindex, hook)); err != nil {
+			return fmt.Errorf("attach %s to device %d: %w", hook.Program, ifindex, err)
+		}
+	}
+	return nil
+}
+
+func filter(ifindex int, hook Hook) *netlink.BpfFilter {
+	return &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: ifindex, Parent: hook.Parent, Handle: FilterHandle, Priority: FilterPriority, Protocol: unix.ETH_P_ALL,
+		},
+		Name:         "margay/" + hook.Program,
+		DirectAction: true,
+		Fd:           hook.FD,
+	}
+}
+
+// Detach removes our programs from a device that stays. A missing device or filter is no error. It leaves the qdisc: removing it would remove
+// other people's filters, and it costs nothing without any.
+func Detach(ifindex int, hooks ...Hook) error {
+	var errs []error
+	for _, hook := range hooks {
+		have, err := ours(ifindex, hook)
+		if err != nil || have == nil {
+			errs = append(errs, err)
+			continue
+		}
+		if err := netlink.FilterDel(have); err != nil && !gone(err) {
+			errs = append(errs, fmt.Errorf("detach %s from device %d: %w", hook.Program, ifindex, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Attached wraps ErrNotAttached unless the very programs are on the device.
+func Attached(ifindex int, hooks ...Hook) error {
+	for _, hook := range hooks {
+		have, err := ours(ifindex, hook)
+		if err != nil {
+			return err
+		}
+		id, err := programID(hook.FD)
+		if err != nil {
+			return fmt.Errorf("look at program %s: %w", hook.Program, err)
+		}
+		if have == nil || have.Id != int(id) {
+			return fmt.Errorf("%w: %s on device %d", ErrNotAttached, hook.Program, ifindex)
+		}
+	}
+	return nil
+}
+
+// ours finds our filter on one side of a device; nil when there is none, or no such device.
+func ours(ifindex int, hook Hook) (*netlink.BpfFilter, error) {
+	dev := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
+	filters, err := retryDump(func() ([]netlink.Filter, error) { return netlink.FilterList(dev, hook.Parent) })
+	if err != nil {
+		if gone(err) {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("list filters of device %d: %w", ifindex, err)
+	}
+	for _, f := range filters {
+		if b, ok := f.(*netlink.BpfFilter); ok && b.Priority == FilterPriority && b.Handle == FilterHandle && b.Name == "margay/"+hook.Program {
+			return b, nil
+		}
+	}
+	return nil, nil
+}
+
+// gone says that the kernel has no such device, qdisc or filter.
+func gone(err error) bool {
+	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL)
+}
+
+// retryDump repeats a netlink dump that another writer interrupted, because only a whole one is consistent.
+func retryDump[T any](list func() ([]T, error)) ([]T, error) {
+	for range 31 {
+		if out, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return out, err
+		}
+	}
+	return list()
+}
