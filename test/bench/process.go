@@ -73,26 +73,13 @@ func startServers(at place) (*peer, error) {
 			args = append(args, "-serve", mode+"="+netip.AddrPortFrom(a, port).String())
 		}
 	}
-	return startServerProcess(at.path, args)
-}
-
-// startServer serves one mode.
-func startServer(at place, v6 bool, mode string, port uint16) (stop func(), err error) {
-	p, err := startServerProcess(at.path, []string{"-serve", mode + "=" + netip.AddrPortFrom(at.addr(v6), port).String()})
-	if err != nil {
-		return nil, err
-	}
-	return p.stop, nil
-}
-
-func startServerProcess(path string, args []string) (*peer, error) {
-	p, err := startPeer(path, args...)
+	p, err := startPeer(at.path, args...)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := p.out.ReadString('\n'); err != nil {
 		p.stop()
-		return nil, fmt.Errorf("server in %s does not get ready: %w", path, err)
+		return nil, fmt.Errorf("server in %s does not get ready: %w", at.path, err)
 	}
 	return p, nil
 }
