@@ -157,7 +157,7 @@ func (p *pipeline) encodeNumbers() ([]byte, error) {
 	exact := p.round.Whole || p.round.Held || p.saved == nil
 	services, err1 := p.serviceNumbers.encode(p.services.Uses(), p.services.Moves(), exact, func() any { return p.services.Export() })
 	nodes, err2 := p.nodeNumbers.encode(p.nodes.Uses(), 0, exact, func() any { return p.nodes.Export() })
-	policies, err3 := json.Marshal(p.policies.Export())
+	policies, err3 := p.policyNumbers.encode(p.policies.Uses(), 0, exact, func() any { return p.policies.Export() })
 	routes, err4 := json.Marshal(p.routes)
 	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		return nil, fmt.Errorf("encode numbers: %w", err)

@@ -174,8 +174,8 @@ type pipeline struct {
 	// compilers remember.
 	kept numbers
 	// saved is what numbers.json was written for; nil: it has to be written. The others are parts of its text.
-	saved                       *stamp
-	serviceNumbers, nodeNumbers encodedNumbers
+	saved                                      *stamp
+	serviceNumbers, nodeNumbers, policyNumbers encodedNumbers
 	// servicesNamed says that services.json is up to date, rulesNamed the same of rules.json. frontendsSeen grows when a frontend comes or goes.
 	servicesNamed, rulesNamed bool
 	frontendsSeen             uint64

@@ -5,7 +5,6 @@ package policy
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -27,7 +26,8 @@ type increment struct {
 	began    uint64 // compilations before its first one
 	result   *Result
 
-	// Inputs as they were at the last call.
+	// Inputs as they were at the last call, and the journals that came with them.
+	seen       state.Journals
 	pods       map[state.Key]member
 	namespaces map[string]*state.Namespace
 	nodes      map[string]*state.Node
@@ -135,10 +135,7 @@ func (in *increment) begin() {
 // update brings everything to the snapshot.
 func (in *increment) update(s *state.Snapshot) (*Changes, error) {
 	in.begin()
-	in.takeNamespaces(s)
-	in.takePods(s)
-	in.takeNodes(s)
-	in.takePolicies(s)
+	in.take(s)
 	in.assign()
 	in.place()
 	in.matchPeers()
@@ -236,28 +233,4 @@ func (in *increment) ruleNumber(name string) uint32 {
 		return n
 	}
 	return in.compiler.rules.Assigned[name]
-}
-
-// changedKeys yields the keys whose value is another one, or there in only one of the maps, by the identity of the pointers.
-func changedKeys[K comparable, V any](before, now map[K]*V, yield func(K, *V, *V)) {
-	same, all := 0, len(before)
-	for k, v := range now {
-		old, ok := before[k]
-		if ok && old == v {
-			same++
-			continue
-		}
-		if ok {
-			same++
-		}
-		yield(k, old, v)
-	}
-	if same == all {
-		return
-	}
-	for k, old := range maps.Clone(before) {
-		if _, ok := now[k]; !ok {
-			yield(k, old, nil)
-		}
-	}
 }

@@ -3,6 +3,7 @@
 package policy
 
 import (
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -16,46 +17,95 @@ type member struct {
 	class *class // nil: it takes no part
 }
 
-func (in *increment) takeNamespaces(s *state.Snapshot) {
-	changedKeys(in.namespaces, s.Namespaces, func(name string, old, now *state.Namespace) {
-		if now == nil {
-			delete(in.namespaces, name)
-		} else {
-			in.namespaces[name] = now
-		}
-		if old == nil || now == nil || !maps.Equal(old.Labels, now.Labels) {
-			in.dirty.namespaces[name] = struct{}{}
-			in.dirty.restricted[name] = struct{}{}
+// take takes in what is another object than at the last call.
+func (in *increment) take(s *state.Snapshot) {
+	j, seen := &s.Journals, &in.seen
+	follow(s.Namespaces, j.Namespaces, seen.Namespaces, maps.Keys(in.namespaces), in.takeNamespace)
+	follow(s.Pods, j.Pods, seen.Pods, maps.Keys(in.pods), in.takePod)
+	in.dropClasses()
+	follow(s.Nodes, j.Nodes, seen.Nodes, maps.Keys(in.nodes), in.takeNode)
+	follow(s.NetworkPolicies, j.NetworkPolicies, seen.NetworkPolicies, in.objectKeys(false), func(key state.Key, p *state.NetworkPolicy) {
+		if old := in.objects[key]; p == nil {
+			in.replace(old, nil, nil)
+		} else if old == nil || old.source != any(p) {
+			in.replace(old, parseObject(p), p)
 		}
 	})
+	follow(byKey(s.ClusterNetworkPolicies), state.Journal[state.Key]{}, state.Journal[state.Key]{}, in.objectKeys(true), func(key state.Key, p *state.ClusterNetworkPolicy) {
+		if old := in.objects[key]; p == nil {
+			in.replace(old, nil, nil)
+		} else if old == nil || old.source != any(p) {
+			in.replace(old, parseCluster(p), p)
+		}
+	})
+	in.seen = s.Journals
 }
 
-func (in *increment) takePods(s *state.Snapshot) {
-	defer in.dropClasses()
-	same, all := 0, len(in.pods)
-	for key, p := range s.Pods {
-		old, ok := in.pods[key]
-		if ok {
-			same++
-		}
-		switch {
-		case ok && old.pod == p:
-		case ok && samePod(old.pod, p):
-			in.pods[key] = member{p, old.class}
-			in.exchange(old.pod, p)
-		default:
-			if ok {
-				in.removePod(old)
+// byKey are ClusterNetworkPolicies, which are few, under keys without a namespace.
+func byKey(policies map[string]*state.ClusterNetworkPolicy) map[state.Key]*state.ClusterNetworkPolicy {
+	out := make(map[state.Key]*state.ClusterNetworkPolicy, len(policies))
+	for name, p := range policies {
+		out[state.Key{Name: name}] = p
+	}
+	return out
+}
+
+// objectKeys are the keys of the policies that are known, of one of the two kinds.
+func (in *increment) objectKeys(cluster bool) iter.Seq[state.Key] {
+	return func(yield func(state.Key) bool) {
+		for key := range in.objects {
+			if (key.Namespace == "") == cluster && !yield(key) {
+				return
 			}
-			in.addPod(p)
 		}
 	}
-	if same == all {
+}
+
+// follow calls take for every object that may be another one than before: those that the journal names since the one that was seen last or,
+// where it does not know, all that there are and all that there were. An object that is gone is nil.
+func follow[K comparable, V any](now map[K]*V, journal, seen state.Journal[K], known iter.Seq[K], take func(K, *V)) {
+	if keys, ok := journal.Since(seen); ok {
+		for _, k := range keys {
+			take(k, now[k])
+		}
 		return
 	}
-	for key, old := range in.pods {
-		if _, ok := s.Pods[key]; !ok {
+	for k := range known {
+		if now[k] == nil {
+			take(k, nil)
+		}
+	}
+	for k, v := range now {
+		take(k, v)
+	}
+}
+
+func (in *increment) takeNamespace(name string, now *state.Namespace) {
+	old := in.namespaces[name]
+	if now == nil {
+		delete(in.namespaces, name)
+	} else {
+		in.namespaces[name] = now
+	}
+	if (old == nil) != (now == nil) || old != nil && !maps.Equal(old.Labels, now.Labels) {
+		in.dirty.namespaces[name] = struct{}{}
+		in.dirty.restricted[name] = struct{}{}
+	}
+}
+
+func (in *increment) takePod(key state.Key, p *state.Pod) {
+	old, ok := in.pods[key]
+	switch {
+	case ok && old.pod == p:
+	case ok && p != nil && samePod(old.pod, p):
+		in.pods[key] = member{p, old.class}
+		in.exchange(old.pod, p)
+	default:
+		if ok {
 			in.removePod(old)
+		}
+		if p != nil {
+			in.addPod(p)
 		}
 	}
 }
@@ -158,19 +208,21 @@ func (in *increment) dropClasses() {
 	}
 }
 
-func (in *increment) takeNodes(s *state.Snapshot) {
-	changedKeys(in.nodes, s.Nodes, func(name string, old, now *state.Node) {
-		if old != nil {
-			in.releaseNode(slices.Collect(nodeAddresses(old)))
-		}
-		if now == nil {
-			delete(in.nodes, name)
-		} else {
-			in.claimNode(slices.Collect(nodeAddresses(now)))
-			in.nodes[name] = now
-		}
-		in.dirty.nodes = true
-	})
+func (in *increment) takeNode(name string, now *state.Node) {
+	old := in.nodes[name]
+	if old == now {
+		return
+	}
+	if old != nil {
+		in.releaseNode(slices.Collect(nodeAddresses(old)))
+	}
+	if now == nil {
+		delete(in.nodes, name)
+	} else {
+		in.claimNode(slices.Collect(nodeAddresses(now)))
+		in.nodes[name] = now
+	}
+	in.dirty.nodes = true
 }
 
 // claimNode says that a node has the addresses, releaseNode that it has them no more: no pod owns them meanwhile.
@@ -190,43 +242,6 @@ func (in *increment) releaseNode(list []netip.Addr) {
 		}
 		in.dirty.addresses[a] = struct{}{}
 	}
-}
-
-func (in *increment) takePolicies(s *state.Snapshot) {
-	seen, all := 0, len(in.objects)
-	for key, p := range s.NetworkPolicies {
-		old := in.objects[key]
-		if old != nil {
-			seen++
-		}
-		if old == nil || old.source != any(p) {
-			in.replace(old, parseObject(p), p)
-		}
-	}
-	for name, p := range s.ClusterNetworkPolicies {
-		old := in.objects[state.Key{Name: name}]
-		if old != nil {
-			seen++
-		}
-		if old == nil || old.source != any(p) {
-			in.replace(old, parseCluster(p), p)
-		}
-	}
-	if seen == all {
-		return
-	}
-	for key, o := range in.objects {
-		if !has(s, key) {
-			in.replace(o, nil, nil)
-		}
-	}
-}
-
-func has(s *state.Snapshot, policy state.Key) bool {
-	if policy.Namespace == "" {
-		return s.ClusterNetworkPolicies[policy.Name] != nil
-	}
-	return s.NetworkPolicies[policy] != nil
 }
 
 // replace puts one policy in the place of another; either may be nil.

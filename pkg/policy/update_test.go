@@ -39,6 +39,33 @@ func exchangeSome(t *rapid.T, s *state.Snapshot) {
 	}
 }
 
+// logs are a source's, for all that it can change.
+type logs struct {
+	namespaces, nodes, cluster state.Log[string]
+	pods, network              state.Log[state.Key]
+}
+
+// note has the snapshot say what it has that the one before had not.
+func (l *logs) note(before, now *state.Snapshot) {
+	noteChanged(&l.namespaces, before.Namespaces, now.Namespaces)
+	noteChanged(&l.nodes, before.Nodes, now.Nodes)
+	noteChanged(&l.cluster, before.ClusterNetworkPolicies, now.ClusterNetworkPolicies)
+	noteChanged(&l.pods, before.Pods, now.Pods)
+	noteChanged(&l.network, before.NetworkPolicies, now.NetworkPolicies)
+	now.Journals = state.Journals{
+		Namespaces: l.namespaces.Journal(), Nodes: l.nodes.Journal(), ClusterNetworkPolicies: l.cluster.Journal(),
+		Pods: l.pods.Journal(), NetworkPolicies: l.network.Journal(),
+	}
+}
+
+func noteChanged[K comparable, V any](log *state.Log[K], before, now map[K]*V) {
+	for k := range bothKeys(before, now) {
+		if before[k] != now[k] {
+			log.Note(k)
+		}
+	}
+}
+
 // TestUpdateEqualsCompile changes a random world step by step. After every step the result of Update must be that of a compiler that compiled
 // everything anew each time, numbers included, and judge as the policies are written; and what Update says of its changes must be true.
 func TestUpdateEqualsCompile(t *testing.T) {
@@ -46,6 +73,8 @@ func TestUpdateEqualsCompile(t *testing.T) {
 		one, other := NewCompiler(), NewCompiler()
 		s := drawSnapshot(t)
 		var before *Result
+		var source logs
+		journals := rapid.Bool().Draw(t, "journals")
 		for range rapid.IntRange(2, 8).Draw(t, "steps") {
 			got, changes, err := one.Update(s)
 			want, err2 := other.Compile(s)
@@ -63,11 +92,15 @@ func TestUpdateEqualsCompile(t *testing.T) {
 				checkChanges(t, before, got, changes)
 			}
 			before = copyOf(got)
+			last := s
 			s = clone(s)
 			for range rapid.IntRange(0, 3).Draw(t, "changes") {
 				change(t, s)
 			}
 			exchangeSome(t, s)
+			if s.Journals = (state.Journals{}); journals {
+				source.note(last, s)
+			}
 		}
 	})
 }
