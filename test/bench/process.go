@@ -73,13 +73,17 @@ func startServers(at place) (*peer, error) {
 			args = append(args, "-serve", mode+"="+netip.AddrPortFrom(a, port).String())
 		}
 	}
-	p, err := startPeer(at.path, args...)
+	return startServerProcess(at.path, args)
+}
+
+func startServerProcess(path string, args []string) (*peer, error) {
+	p, err := startPeer(path, args...)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := p.out.ReadString('\n'); err != nil {
 		p.stop()
-		return nil, fmt.Errorf("server in %s does not get ready: %w", at.path, err)
+		return nil, fmt.Errorf("server in %s does not get ready: %w", path, err)
 	}
 	return p, nil
 }
