@@ -30,10 +30,11 @@ func benchAdd(ctx context.Context, b *bench) error {
 	four := []string{"10.245.0.0/16"}
 	both := []string{"10.245.0.0/16", "fd00:245::/64"}
 	steps := []func() error{
-		func() error { return b.oneByOne(ctx, "IPv4", four, b.rounds(100, 3)) },
+		func() error { return b.oneByOne(ctx, "IPv4", four, b.rounds(120, 3)) },
 		func() error { return b.oneByOne(ctx, "dual stack", both, b.rounds(60, 3)) },
 		func() error { return b.inParallel(ctx, four, b.rounds(100, 10)) },
 		func() error { return b.whereAddGoes(ctx, both, b.rounds(40, 3)) },
+		func() error { return b.syscallsOfAdd(ctx, both) },
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
@@ -125,9 +126,11 @@ func (b *bench) inParallel(ctx context.Context, subnets []string, pods int) erro
 	total, slowest := begin("add.parallel.total", "%d ADDs at once, all"), begin("add.parallel.slowest", "%d ADDs at once, the slowest")
 	removed := begin("del.parallel.total", "%d DELs at once, all")
 	plugins := []*plugin{b.node.margay("parallel-margay", subnets...), b.node.ptp("parallel-ptp", subnets...)}
-	for range b.rounds(3, 1) {
+	for round := range b.rounds(10, 1) {
 		var all, worst, del [2]float64
-		for i, p := range plugins {
+		for k := range plugins { // who goes first changes from round to round
+			i := (round + k) % len(plugins)
+			p := plugins[i]
 			if all[i], worst[i], err = p.atOnce(ctx, "ADD", ns); err != nil {
 				return err
 			}
