@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "bf4cba6821dc1f6d310a56c1"
+const build = "0e87895dded08df0310a56c1"
