@@ -28,6 +28,12 @@ type Fault struct {
 // be. Only a fault of this program could have made that wrong.
 const trust = 30
 
+// errUrgent says that a load was given up for something better to do.
+var errUrgent = errors.New("something urgent has come in")
+
+// urgentEvery is how many entries are read between two looks for something better to do.
+const urgentEvery = 512
+
 // mirror is what the kernel holds in one table, as far as the pipeline knows: every write goes through it, and a full compare reads it
 // anew. It belongs to the pipeline's goroutine.
 type mirror[K, V comparable] struct {
@@ -55,11 +61,15 @@ func newMirror[K, V comparable](name string, table Table[K, V], log *slog.Logger
 }
 
 // load makes have what the kernel holds. After an error have is what it was. Usually the kernel holds what it held: then have is only compared,
-// because the maps are large, and others to put in their place would be as large.
-func (m *mirror[K, V]) load() error {
+// because the maps are large, and others to put in their place would be as large; urgent, which may be nil, says when there is something better
+// to do (errUrgent).
+func (m *mirror[K, V]) load(urgent func() bool) error {
 	if m.have != nil {
-		unchanged, err := m.verify()
-		if err != nil {
+		unchanged, err := m.verify(urgent)
+		switch {
+		case errors.Is(err, errUrgent):
+			return err
+		case err != nil:
 			return m.unread(err)
 		}
 		if unchanged {
@@ -70,15 +80,16 @@ func (m *mirror[K, V]) load() error {
 		}
 	}
 	have, others := map[K]V{}, map[K]V(nil)
-	_, err := m.table.Each(func(k K, v V) {
+	_, err := m.table.Each(func(k K, v V) bool {
 		if m.pods == nil || !m.pods(k, v) {
 			have[k] = v
-			return
+			return true
 		}
 		if others == nil {
 			others = map[K]V{}
 		}
 		others[k] = v
+		return true
 	})
 	if err != nil {
 		return m.unread(err)
@@ -94,20 +105,24 @@ func (m *mirror[K, V]) unread(err error) error {
 }
 
 // verify reports whether the kernel holds just what it is known to hold.
-func (m *mirror[K, V]) verify() (bool, error) {
-	same, differs := 0, false
-	once, err := m.table.Each(func(k K, v V) {
+func (m *mirror[K, V]) verify(urgent func() bool) (bool, error) {
+	seen, interrupted := 0, false
+	once, err := m.table.Each(func(k K, v V) bool {
+		if seen++; seen%urgentEvery == 0 && urgent != nil && urgent() {
+			interrupted = true
+			return false
+		}
 		known := m.have
 		if m.pods != nil && m.pods(k, v) {
 			known = m.others
 		}
-		if before, ok := known[k]; ok && before == v {
-			same++
-		} else {
-			differs = true
-		}
+		before, ok := known[k]
+		return ok && before == v
 	})
-	return once && !differs && same == len(m.have)+len(m.others), err
+	if interrupted {
+		return false, errUrgent
+	}
+	return once && seen == len(m.have)+len(m.others), err
 }
 
 // compare finds where have is not want, unless that is known already.

@@ -15,11 +15,10 @@ type listed struct {
 	again   bool
 }
 
-func (l *listed) Each(see func(k, v int)) (once bool, err error) {
+func (l *listed) Each(see func(k, v int) bool) (once bool, err error) {
 	for k, v := range l.entries {
-		see(k, v)
-		if l.again {
-			see(k, v)
+		if !see(k, v) || (l.again && !see(k, v)) {
+			return false, nil
 		}
 	}
 	return !l.again, nil
@@ -59,7 +58,7 @@ func TestMirrorLoads(t *testing.T) {
 		if known {
 			kept++
 		}
-		if err := m.load(); err != nil {
+		if err := m.load(nil); err != nil {
 			t.Fatal(err)
 		}
 		if !maps.Equal(ours, m.have) || !maps.Equal(theirs, m.others) {
@@ -75,5 +74,35 @@ func TestMirrorLoads(t *testing.T) {
 	}
 	if kept == 0 || compared == 0 {
 		t.Errorf("%d loads found what was known, after %d of them it was compared all the same; want some of both", kept, compared)
+	}
+}
+
+// A load of what is known gives way, soon; the next one reads it all.
+func TestMirrorGivesWay(t *testing.T) {
+	table := &listed{entries: map[int]int{}}
+	for i := range 10 * urgentEvery {
+		table.entries[i] = i
+	}
+	m := newMirror[int, int]("numbers", table, slog.New(slog.DiscardHandler))
+	asked := 0
+	urgent := func() bool { asked++; return true }
+	if err := m.load(urgent); err != nil || asked > 0 {
+		t.Fatalf("the first load = %v, want all of it at once", err)
+	}
+	table.entries[3] = 4
+	delete(table.entries, 5)
+	// It may meet the other entry before it asks.
+	if err := m.load(urgent); err != errUrgent && !maps.Equal(m.have, table.entries) {
+		t.Errorf("load() = %v, with other entries than the table's", err)
+	}
+	if err := m.load(nil); err != nil || !maps.Equal(m.have, table.entries) {
+		t.Errorf("load() = %v, with the table's entries %v", err, maps.Equal(m.have, table.entries))
+	}
+	asked = 0
+	if err := m.load(urgent); err != errUrgent || asked != 1 {
+		t.Errorf("load() of what is known = %v after asking %d times, want %v after one", err, asked, errUrgent)
+	}
+	if m.failed > 0 {
+		t.Error("giving way counts as a failure")
 	}
 }

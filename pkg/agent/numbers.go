@@ -113,7 +113,7 @@ func (p *pipeline) stampNumbers() stamp {
 // saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
 // restart without the file numbers afresh and stays right, one with an old file might give a number a second meaning.
 //
-// The order of slots is not worth writing all of the numbers after each change: it is brought up to date by whole rounds, and at the end. A
+// The order of slots is not worth writing all of the numbers after each change: it is brought up to date by some whole rounds, and at the end. A
 // restart that finds an old one moves some backends to other slots, which nobody notices.
 func (p *pipeline) saveNumbers() {
 	now := p.stampNumbers()
@@ -154,7 +154,7 @@ func (e *encodedNumbers) encode(uses, moves uint64, exact bool, export func() an
 
 // encodeNumbers is exportNumbers as JSON.
 func (p *pipeline) encodeNumbers() ([]byte, error) {
-	exact := p.round.Whole || p.round.Held || p.saved == nil
+	exact := p.round.Whole && p.wholes%trust == 0 || p.round.Held || p.saved == nil
 	services, err1 := p.serviceNumbers.encode(p.services.Uses(), p.services.Moves(), exact, func() any { return p.services.Export() })
 	nodes, err2 := p.nodeNumbers.encode(p.nodes.Uses(), 0, exact, func() any { return p.nodes.Export() })
 	policies, err3 := json.Marshal(p.policies.Export())
