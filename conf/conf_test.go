@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/conf"
@@ -191,7 +190,7 @@ func TestKubernetesConflistTakesTheNodesRanges(t *testing.T) {
 // TestConflistServes: the plugin finds nothing wrong with the shipped file on this machine.
 func TestConflistServes(t *testing.T) {
 	privileged.Require(t)
-	args := &skel.CmdArgs{StdinData: plugin(t, t.TempDir())}
+	args := &cni.Args{StdinData: plugin(t, t.TempDir())}
 	if err := cni.New(io.Discard).Status(t.Context(), args); err != nil {
 		t.Errorf("STATUS = %v, want success", err)
 	}

@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
-	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/margay-cni/margay/conf"
@@ -96,7 +95,7 @@ func (m *machine) addPod(cfg datapath.Config) {
 	m.must(err)
 	pod := netnstest.New(m.t)
 	m.ns.Do(func() {
-		m.must(cni.New(io.Discard).Add(m.t.Context(), &skel.CmdArgs{
+		m.must(cni.New(io.Discard).Add(m.t.Context(), &cni.Args{
 			ContainerID: "c1", Netns: pod.Path(), IfName: "eth0", StdinData: content,
 			Args: "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID=c1",
 		}))

@@ -10,8 +10,8 @@ import (
 	"os"
 )
 
-// objects are the files whose programs are pinned, in the order of their names.
-var objects = []string{"pod_bpfel.o", "netdev_bpfel.o", "sweep_bpfel.o"}
+// objects are the files whose programs are pinned.
+var objects = []string{"pod_bpfel.o", "netdev_bpfel.o", "overlay_bpfel.o", "host_bpfel.o", "sweep_bpfel.o"}
 
 func main() {
 	if err := write("build.go"); err != nil {

@@ -126,10 +126,12 @@ func (t *fakeTable[K, V]) Load() (map[K]V, error) {
 	return maps.Clone(t.entries), nil
 }
 
-func (t *fakeTable[K, V]) Each(see func(K, V)) (once bool, err error) {
+func (t *fakeTable[K, V]) Each(see func(K, V) bool) (once bool, err error) {
 	all, err := t.Load()
 	for k, v := range all {
-		see(k, v)
+		if !see(k, v) {
+			return false, nil
+		}
 	}
 	return true, err
 }

@@ -24,6 +24,16 @@ type Fault struct {
 	Since time.Time `json:"since"`
 }
 
+// trust is how many loads that find the kernel's content as it is known leave alone what is known of how that differs from what it should
+// be. Only a fault of this program could have made that wrong.
+const trust = 30
+
+// errUrgent says that a load was given up for something better to do.
+var errUrgent = errors.New("something urgent has come in")
+
+// urgentEvery is how many entries are read between two looks for something better to do.
+const urgentEvery = 512
+
 // mirror is what the kernel holds in one table, as far as the pipeline knows: every write goes through it, and a full compare reads it
 // anew. It belongs to the pipeline's goroutine.
 type mirror[K, V comparable] struct {
@@ -37,6 +47,8 @@ type mirror[K, V comparable] struct {
 	others map[K]V
 	// differ has every key at which have may not be what it should; nil: any key.
 	differ map[K]struct{}
+	// trusted counts down to the load after which have is compared with all of what it should be again.
+	trusted int
 
 	writes  uint64
 	failed  int
@@ -49,33 +61,40 @@ func newMirror[K, V comparable](name string, table Table[K, V], log *slog.Logger
 }
 
 // load makes have what the kernel holds. After an error have is what it was. Usually the kernel holds what it held: then have is only compared,
-// because the maps are large, and others to put in their place would be as large.
-func (m *mirror[K, V]) load() error {
+// because the maps are large, and others to put in their place would be as large; urgent, which may be nil, says when there is something better
+// to do (errUrgent).
+func (m *mirror[K, V]) load(urgent func() bool) error {
 	if m.have != nil {
-		unchanged, err := m.verify()
-		if err != nil {
+		unchanged, err := m.verify(urgent)
+		switch {
+		case errors.Is(err, errUrgent):
+			return err
+		case err != nil:
 			return m.unread(err)
 		}
 		if unchanged {
-			m.differ = nil
+			if m.trusted--; m.trusted < 0 {
+				m.trusted, m.differ = trust, nil
+			}
 			return nil
 		}
 	}
 	have, others := map[K]V{}, map[K]V(nil)
-	_, err := m.table.Each(func(k K, v V) {
+	_, err := m.table.Each(func(k K, v V) bool {
 		if m.pods == nil || !m.pods(k, v) {
 			have[k] = v
-			return
+			return true
 		}
 		if others == nil {
 			others = map[K]V{}
 		}
 		others[k] = v
+		return true
 	})
 	if err != nil {
 		return m.unread(err)
 	}
-	m.have, m.others, m.differ = have, others, nil
+	m.have, m.others, m.differ, m.trusted = have, others, nil, trust
 	return nil
 }
 
@@ -86,20 +105,24 @@ func (m *mirror[K, V]) unread(err error) error {
 }
 
 // verify reports whether the kernel holds just what it is known to hold.
-func (m *mirror[K, V]) verify() (bool, error) {
-	same, differs := 0, false
-	once, err := m.table.Each(func(k K, v V) {
+func (m *mirror[K, V]) verify(urgent func() bool) (bool, error) {
+	seen, interrupted := 0, false
+	once, err := m.table.Each(func(k K, v V) bool {
+		if seen++; seen%urgentEvery == 0 && urgent != nil && urgent() {
+			interrupted = true
+			return false
+		}
 		known := m.have
 		if m.pods != nil && m.pods(k, v) {
 			known = m.others
 		}
-		if before, ok := known[k]; ok && before == v {
-			same++
-		} else {
-			differs = true
-		}
+		before, ok := known[k]
+		return ok && before == v
 	})
-	return once && !differs && same == len(m.have)+len(m.others), err
+	if interrupted {
+		return false, errUrgent
+	}
+	return once && seen == len(m.have)+len(m.others), err
 }
 
 // compare finds where have is not want, unless that is known already.

@@ -113,7 +113,7 @@ func (p *pipeline) stampNumbers() stamp {
 // saveNumbers puts the numbers and the outstanding epochs where a restart finds them. If that is impossible, it takes the file away: a
 // restart without the file numbers afresh and stays right, one with an old file might give a number a second meaning.
 //
-// The order of slots is not worth writing all of the numbers after each change: it is brought up to date by whole rounds, and at the end. A
+// The order of slots is not worth writing all of the numbers after each change: it is brought up to date by some whole rounds, and at the end. A
 // restart that finds an old one moves some backends to other slots, which nobody notices.
 func (p *pipeline) saveNumbers() {
 	now := p.stampNumbers()
@@ -135,28 +135,29 @@ func (p *pipeline) saveNumbers() {
 	}
 }
 
-// encodedNumbers is a part of numbers.json as it was encoded last. Most rounds change the other part.
+// encodedNumbers is a part of numbers.json as it was encoded last, and for which uses and moves of its numbers.
 type encodedNumbers struct {
-	uses uint64
-	text []byte
+	uses, moves uint64
+	text        []byte
 }
 
-// encode returns the part's text; fresh has it made anew.
-func (e *encodedNumbers) encode(uses uint64, fresh bool, export func() any) ([]byte, error) {
-	if e.text != nil && e.uses == uses && !fresh {
+// encode returns the part's text. Most rounds change the other part, or the order of slots only, which is not worth much; exact has it
+// brought up to date as well.
+func (e *encodedNumbers) encode(uses, moves uint64, exact bool, export func() any) ([]byte, error) {
+	if e.text != nil && e.uses == uses && (e.moves == moves || !exact) {
 		return e.text, nil
 	}
 	text, err := json.Marshal(export())
-	e.uses, e.text = uses, text
+	e.uses, e.moves, e.text = uses, moves, text
 	return text, err
 }
 
 // encodeNumbers is exportNumbers as JSON.
 func (p *pipeline) encodeNumbers() ([]byte, error) {
-	fresh := p.round.Whole || p.round.Held || p.saved == nil
-	services, err1 := p.serviceNumbers.encode(p.services.Uses(), fresh, func() any { return p.services.Export() })
-	nodes, err2 := p.nodeNumbers.encode(p.nodes.Uses(), fresh, func() any { return p.nodes.Export() })
-	policies, err3 := p.policyNumbers.encode(p.policies.Uses(), fresh, func() any { return p.policies.Export() })
+	exact := p.round.Whole && p.wholes%trust == 0 || p.round.Held || p.saved == nil
+	services, err1 := p.serviceNumbers.encode(p.services.Uses(), p.services.Moves(), exact, func() any { return p.services.Export() })
+	nodes, err2 := p.nodeNumbers.encode(p.nodes.Uses(), 0, exact, func() any { return p.nodes.Export() })
+	policies, err3 := p.policyNumbers.encode(p.policies.Uses(), 0, exact, func() any { return p.policies.Export() })
 	routes, err4 := json.Marshal(p.routes)
 	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		return nil, fmt.Errorf("encode numbers: %w", err)
@@ -198,6 +199,7 @@ func (p *pipeline) keepNumbers() {
 		return
 	}
 	p.policies, p.services, p.kept = policies, services, n
+	p.serviceNumbers = encodedNumbers{} // another compiler counts anew
 }
 
 // keepSpace takes over the numbers of names that only old has. Their numbers are free, because old is where new comes from.

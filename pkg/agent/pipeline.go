@@ -3,12 +3,9 @@
 package agent
 
 import (
-	"context"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -61,7 +58,7 @@ type mirrors struct {
 
 // condition is what every mirror offers, whatever its types.
 type condition interface {
-	load() error
+	load(urgent func() bool) error
 	begin()
 	fault(now time.Time) *Fault
 	status() MapStatus
@@ -191,6 +188,12 @@ type pipeline struct {
 	hostPortsReserved map[uint16]bool
 	hostPortErr       error
 
+	// wholeDue says that everything is to be compared with the kernel. loadedUpTo counts the tables that were read for that before it gave
+	// way, gaveWay how often it did; wholes counts those that were read to the end. fresh says that something has come in since the last round.
+	wholeDue, fresh     bool
+	loadedUpTo, gaveWay int
+	wholes              int
+
 	round Round
 	retry time.Duration
 	// memorySettled says that what the start took has been given back.
@@ -257,73 +260,6 @@ func newCompilers(
 	return policies, services
 }
 
-// run works until ctx ends: one round for whatever has come in since the last one.
-func (p *pipeline) run(ctx context.Context) error {
-	full := time.NewTicker(p.resync)
-	defer full.Stop()
-	again := time.NewTimer(0)
-	defer again.Stop()
-	for {
-		whole := false
-		select {
-		case <-ctx.Done():
-			p.end()
-			return nil
-		case s := <-p.snapshots:
-			p.takeSnapshot(s)
-		case r := <-p.recordsIn:
-			p.takeRecords(r)
-		case f := <-p.nodeIn:
-			p.takeFacts(f)
-		case <-full.C:
-			whole = true
-		case <-again.C:
-		}
-		p.drain()
-		if d := p.work(whole); d > 0 {
-			again.Reset(d)
-		}
-		p.settleMemory()
-	}
-}
-
-// settleMemory gives back, once, what it took to read everything and to compile and write all of it, which is several times what is kept.
-// The runtime alone would take minutes.
-func (p *pipeline) settleMemory() {
-	if !p.memorySettled && !p.round.Written.IsZero() && !p.round.Held {
-		p.memorySettled = true
-		go debug.FreeOSMemory()
-	}
-}
-
-// drain takes what else has come in, so that one round serves it all.
-func (p *pipeline) drain() {
-	for {
-		select {
-		case s := <-p.snapshots:
-			p.takeSnapshot(s)
-		case r := <-p.recordsIn:
-			p.takeRecords(r)
-		case f := <-p.nodeIn:
-			p.takeFacts(f)
-		default:
-			return
-		}
-	}
-}
-
-func (p *pipeline) takeSnapshot(s snapshotFrom) {
-	p.snapshot, p.changed, p.nodesChanged = s, true, true
-}
-
-func (p *pipeline) takeFacts(f nodeFacts) {
-	p.facts, p.nodesChanged = &f, true
-}
-
-func (p *pipeline) takeRecords(r []*endpoint.Record) {
-	p.records, p.haveRecords, p.changed = r, true, true
-}
-
 // work does one round and returns after what time the next one is due if nothing happens, 0 for not at all. whole compares everything
 // with the kernel's actual content, which every first round does.
 func (p *pipeline) work(whole bool) time.Duration {
@@ -337,7 +273,9 @@ func (p *pipeline) work(whole bool) time.Duration {
 	}
 	if whole || !p.loaded {
 		p.round.Whole = true
-		p.load()
+		if !p.load() {
+			return soonAgain
+		}
 	}
 	if p.loaded {
 		p.applyNode()
@@ -348,22 +286,6 @@ func (p *pipeline) work(whole bool) time.Duration {
 		}
 	}
 	return p.finish()
-}
-
-// load reads every table.
-func (p *pipeline) load() {
-	ok := true
-	entries, identities := p.m.policy.have, p.m.ipcache.have
-	for _, m := range p.m.all() {
-		ok = m.load() == nil && ok
-	}
-	if ok && !p.loaded {
-		p.importNumbers()
-		p.loaded = true
-	}
-	if !maps.Equal(entries, p.m.policy.have) || !maps.Equal(identities, p.m.ipcache.have) {
-		p.applied = nil
-	}
 }
 
 // applySource brings the maps to what snapshot and records say.
@@ -381,7 +303,7 @@ func (p *pipeline) applySource() {
 		}
 	}
 	// The plugin writes this map too.
-	if p.m.endpoints.load() != nil {
+	if p.m.endpoints.load(nil) != nil {
 		return
 	}
 	p.compareServices()

@@ -16,8 +16,9 @@ import (
 
 // Table is one map of the kernel as the pipeline uses it.
 type Table[K, V comparable] interface {
-	// Each shows every entry. It reports whether none was shown twice, as far as nobody else changes the map meanwhile.
-	Each(see func(K, V)) (once bool, err error)
+	// Each shows every entry until see returns false. It reports whether it has shown all of them, none twice, as far as nobody else changes
+	// the map meanwhile.
+	Each(see func(K, V) bool) (once bool, err error)
 	// Put creates or replaces an entry; an error that wraps ErrFull says that the map has no room.
 	Put(k K, v V) error
 	// Replace changes the entry had into v; an error that wraps ErrChanged says that there is no such entry any more.
@@ -77,7 +78,7 @@ const (
 )
 
 // Each reads the map in batches, or entry by entry where the kernel knows no batches for its type.
-func (t kernelTable[K, V]) Each(see func(K, V)) (once bool, err error) {
+func (t kernelTable[K, V]) Each(see func(K, V) bool) (once bool, err error) {
 	var (
 		cursor ebpf.MapBatchCursor
 		keys   = make([]K, loadFirst)
@@ -87,7 +88,9 @@ func (t kernelTable[K, V]) Each(see func(K, V)) (once bool, err error) {
 	for {
 		n, err := t.m.BatchLookup(&cursor, keys, values, nil)
 		for i := range n {
-			see(keys[i], values[i])
+			if !see(keys[i], values[i]) {
+				return false, nil
+			}
 		}
 		seen += n
 		switch {
@@ -95,7 +98,8 @@ func (t kernelTable[K, V]) Each(see func(K, V)) (once bool, err error) {
 			return true, nil
 		case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.ENOSPC):
 			// ENOSPC: a bucket of the hash holds more than fits the batch.
-			return seen == 0, t.oneByOne(see)
+			all, err := t.oneByOne(see)
+			return all && seen == 0, err
 		case err != nil:
 			return false, fmt.Errorf("read map: %w", err)
 		}
@@ -105,19 +109,21 @@ func (t kernelTable[K, V]) Each(see func(K, V)) (once bool, err error) {
 	}
 }
 
-func (t kernelTable[K, V]) oneByOne(see func(K, V)) error {
+func (t kernelTable[K, V]) oneByOne(see func(K, V) bool) (all bool, err error) {
 	var (
 		k  K
 		v  V
 		it = t.m.Iterate()
 	)
 	for it.Next(&k, &v) {
-		see(k, v)
+		if !see(k, v) {
+			return false, nil
+		}
 	}
 	if err := it.Err(); err != nil {
-		return fmt.Errorf("read map: %w", err)
+		return false, fmt.Errorf("read map: %w", err)
 	}
-	return nil
+	return true, nil
 }
 
 // Put creates or replaces an entry.
@@ -165,13 +171,9 @@ type arrayTable[V comparable] struct {
 }
 
 // Each shows every element that is not zero.
-func (t arrayTable[V]) Each(see func(uint32, V)) (once bool, err error) {
+func (t arrayTable[V]) Each(see func(uint32, V) bool) (once bool, err error) {
 	var zero V
-	return t.kernelTable.Each(func(k uint32, v V) {
-		if v != zero {
-			see(k, v)
-		}
-	})
+	return t.kernelTable.Each(func(k uint32, v V) bool { return v == zero || see(k, v) })
 }
 
 // Delete makes the element zero.

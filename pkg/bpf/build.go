@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "a3389efe762e5663faf49def"
+const build = "ea4d284cbb0544e4cff4f6afaa5e9b68faf49def"

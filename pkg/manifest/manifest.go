@@ -85,10 +85,14 @@ func (s *Source) Incomplete() []string {
 func (s *Source) Run(ctx context.Context, publish func(*state.Snapshot)) error {
 	w := newWatch(s.dir, s.timing)
 	defer w.close()
-	published := false
+	published, quick := false, false
+	var whole time.Time // the last look at everything
 	for {
+		if quick = quick && time.Since(whole) < s.timing.resync; !quick {
+			whole = time.Now()
+		}
 		watchProblem := w.renew()
-		changed, again := s.scan()
+		changed, again := s.scan(quick)
 		snapshot, problems := s.assemble()
 		for _, p := range []*Problem{watchProblem, s.dirProblem} {
 			if p != nil {
@@ -101,14 +105,16 @@ func (s *Source) Run(ctx context.Context, publish func(*state.Snapshot)) error {
 			published = true
 			publish(snapshot)
 		}
-		if !w.wait(ctx, again) {
+		var ended bool
+		if quick, ended = w.wait(ctx, again); ended {
 			return nil
 		}
 	}
 }
 
-// scan looks at every file. It returns whether good content changed and how long the next look may wait.
-func (s *Source) scan() (changed bool, again time.Duration) {
+// scan looks at every file, with quick only at those that seem to be others. It returns whether good content changed and how long the next
+// look may wait.
+func (s *Source) scan(quick bool) (changed bool, again time.Duration) {
 	again = s.timing.resync
 	names, err := list(s.dir)
 	if err != nil {
@@ -124,7 +130,7 @@ func (s *Source) scan() (changed bool, again time.Duration) {
 			f = &file{}
 			s.files[name] = f
 		}
-		fileChanged, soon := f.update(s.dir, name, s.node, now, s.timing)
+		fileChanged, soon := f.update(s.dir, name, s.node, now, s.timing, quick)
 		changed = changed || fileChanged
 		if soon {
 			again = s.timing.grace

@@ -379,3 +379,54 @@ func TestSnapshotsAreNotWrittenTo(t *testing.T) {
 		t.Errorf("second snapshot = %q", servicesOf(second))
 	}
 }
+
+// A quick look takes a file for unchanged by its stamp only when that had settled: one that changes twice within a tick of the clock, and keeps
+// its length, is seen.
+func TestQuickLook(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.yaml")
+	write := func(name string, modified time.Time) {
+		t.Helper()
+		text := "{apiVersion: v1, kind: Namespace, metadata: {name: " + name + "}}"
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(path, modified, modified); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := New(dir, "n1", slog.New(slog.DiscardHandler))
+	look := func(quick bool) string {
+		t.Helper()
+		s.scan(quick)
+		snapshot, problems := s.assemble()
+		if len(problems) > 0 || len(snapshot.Namespaces) != 1 {
+			t.Fatalf("namespaces %v, problems %v", snapshot.Namespaces, problems)
+		}
+		for name := range snapshot.Namespaces {
+			return name
+		}
+		return ""
+	}
+	now := time.Now()
+	write("a1", now)
+	if got := look(true); got != "a1" {
+		t.Fatalf("namespace %s, want a1: it had not been read", got)
+	}
+	write("a2", now)
+	if got := look(true); got != "a2" {
+		t.Fatalf("namespace %s, want a2: the time had not settled", got)
+	}
+	old := now.Add(-time.Hour)
+	write("a3", old)
+	if got := look(true); got != "a3" {
+		t.Fatalf("namespace %s, want a3: the time is another one", got)
+	}
+	write("a4", old)
+	if got := look(true); got != "a3" {
+		t.Fatalf("namespace %s, want a3: nothing tells of the change, and a quick look does not read", got)
+	}
+	if got := look(false); got != "a4" {
+		t.Fatalf("namespace %s, want a4: a look at everything reads", got)
+	}
+}

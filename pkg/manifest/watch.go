@@ -70,8 +70,9 @@ func (w *watch) follow() error {
 	return nil
 }
 
-// wait returns true when it is time for a look: after a change has settled, or when d has passed. It returns false when ctx ends.
-func (w *watch) wait(ctx context.Context, d time.Duration) bool {
+// wait returns when it is time for a look: after a change has settled, or when d has passed. told says that the kernel has told of the changes
+// there are; ended that ctx ends.
+func (w *watch) wait(ctx context.Context, d time.Duration) (told, ended bool) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	var events chan fsnotify.Event
@@ -79,19 +80,22 @@ func (w *watch) wait(ctx context.Context, d time.Duration) bool {
 	if w.watcher != nil {
 		events, errs = w.watcher.Events, w.watcher.Errors
 	}
+	lost := false
 	var last time.Time // by which a look is due however much goes on
 	for {
 		select {
 		case <-ctx.Done():
-			return false
+			return false, true
 		case <-timer.C:
-			return true
+			return told, false
 		case <-errs: // Events were lost.
+			told, lost = false, true
 			timer.Reset(w.timing.settle)
 		case e := <-events:
 			if !w.matters(e) {
 				continue
 			}
+			told = !lost
 			now := time.Now()
 			if last.IsZero() {
 				last = now.Add(w.timing.limit)

@@ -24,6 +24,8 @@ type Compiler struct {
 	node       string
 	ids, lists allocator
 	ports      map[portKey]*port
+	// moves grows when the slots of a list change.
+	moves uint64
 	// last is what Update goes on from; nil: it compiles everything.
 	last *increment
 }
@@ -210,6 +212,9 @@ func (r *run) update(l *list, backends []netip.AddrPort, wanted bool) {
 	}
 	before := l.slots
 	l.slots = assignSlots(before, backends)
+	if !same(before, l.slots) {
+		r.compiler.moves++
+	}
 	r.result.Lists[l.number] = l.slots
 	switch {
 	case !r.maglev:

@@ -51,6 +51,11 @@ func (c *Compiler) Uses() uint64 {
 	return c.ids.uses + c.lists.uses
 }
 
+// Moves grows when the order of slots changes: while it and Uses stay, so does Export.
+func (c *Compiler) Moves() uint64 {
+	return c.moves
+}
+
 // portKey identifies one port of a service in one family (rows I4, I5).
 type portKey struct {
 	service  state.Key

@@ -30,10 +30,11 @@ func benchAdd(ctx context.Context, b *bench) error {
 	four := []string{"10.245.0.0/16"}
 	both := []string{"10.245.0.0/16", "fd00:245::/64"}
 	steps := []func() error{
-		func() error { return b.oneByOne(ctx, "IPv4", four, b.rounds(100, 3)) },
+		func() error { return b.oneByOne(ctx, "IPv4", four, b.rounds(120, 3)) },
 		func() error { return b.oneByOne(ctx, "dual stack", both, b.rounds(60, 3)) },
 		func() error { return b.inParallel(ctx, four, b.rounds(100, 10)) },
 		func() error { return b.whereAddGoes(ctx, both, b.rounds(40, 3)) },
+		func() error { return b.syscallsOfAdd(ctx, both) },
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {

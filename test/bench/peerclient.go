@@ -114,12 +114,12 @@ func transactions(duration time.Duration, worth float64, do func([]byte) error) 
 	}, nil
 }
 
-// stream writes for a while and then waits until the server has read everything: what stands in buffers is not transferred. It returns the
-// bits.
+// stream writes for a while, at least once, and then waits until the server has read everything: what stands in buffers is not transferred.
+// It returns the bits.
 func stream(fd int, end time.Time) (bits float64, err error) {
 	buf := make([]byte, 64<<10)
 	sent := 0
-	for time.Now().Before(end) {
+	for sent == 0 || time.Now().Before(end) {
 		n, err := writeRaw(fd, buf)
 		if err != nil {
 			return 0, fmt.Errorf("send: %w", err)

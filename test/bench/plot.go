@@ -37,9 +37,8 @@ const (
 	plotTop      = 58 // above the first figure
 	columnGap    = 24
 	oneColumn    = 4   // figures that stand in one column; more stand in two
-	letterWidth  = 6.4 // of labels, about
-	longestLabel = 200
-	valueWidth   = 104
+	letterWidth  = 6.6 // of labels and values, about
+	longestText  = 200
 	barHeight    = 13
 	barPitch     = 16
 	figureHead   = 18 // height of a figure's name
@@ -124,7 +123,8 @@ func (f *plotFigure) compare(r *result, refs map[string]int) {
 	}
 	at, words := *r.Target, "target "+r.target()
 	if r.TargetOf == ofRatio {
-		at *= *r.Value
+		// Where Margay's figure would be with that ratio: the ratio is of the rounds, not of the two medians that are drawn.
+		at *= r.Margay / *r.Ratio
 		words = r.ratio() + ", " + words
 	}
 	if !r.OK {
@@ -145,13 +145,12 @@ func (p *plot) place() {
 	if len(p.Figures) > oneColumn {
 		columns = 2
 	}
-	letters := 0
+	label, value := 0.0, 0.0
 	for _, f := range p.Figures {
 		for _, b := range f.Bars {
-			letters = max(letters, utf8.RuneCountInString(b.Label))
+			label, value = max(label, textWidth(b.Label)), max(value, textWidth(b.Value))
 		}
 	}
-	label := min(letterWidth*float64(letters)+12, longestLabel)
 	width := (plotWidth - 2*plotMargin - float64(columns-1)*columnGap) / float64(columns)
 	total := 0.0
 	for i := range p.Figures {
@@ -164,7 +163,7 @@ func (p *plot) place() {
 		if columns == 2 && x == plotMargin && y-plotTop >= total/2 {
 			x, y = x+width+columnGap, plotTop
 		}
-		f.place(x, y, width, label)
+		f.place(x, y, width, label, value)
 		y += f.height
 		bottom = max(bottom, y)
 	}
@@ -172,8 +171,8 @@ func (p *plot) place() {
 	p.Frame.W, p.Frame.H = p.Width-1, p.Height-1
 }
 
-func (f *plotFigure) place(x, y, width, label float64) {
-	left, long := tenth(x+label), tenth(width-label-valueWidth)
+func (f *plotFigure) place(x, y, width, label, value float64) {
+	left, long := tenth(x+label), tenth(width-label-value)
 	largest := 0.0
 	for _, b := range f.Bars {
 		largest = max(largest, b.value, b.span[1])
@@ -200,6 +199,11 @@ func (f *plotFigure) place(x, y, width, label float64) {
 		m := &f.Marks[i]
 		m.X, m.Y, m.H = at(m.at), f.Bars[0].Y-2, barHeight+4
 	}
+}
+
+// textWidth returns the room that a label or a value takes, with its distance from the bar.
+func textWidth(text string) float64 {
+	return min(letterWidth*float64(utf8.RuneCountInString(text))+12, longestText)
 }
 
 func tenth(v float64) float64 { return math.Round(10*v) / 10 }

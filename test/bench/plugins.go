@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -22,6 +23,8 @@ const cniVersion = "1.0.0"
 type plugin struct {
 	path string
 	conf []byte
+	// under is a command, with arguments, that runs the plugin.
+	under []string
 }
 
 // cost is what a process took: from before its start to after its end, and of all CPUs, its children's part included.
@@ -32,7 +35,8 @@ type cost struct {
 // run executes a command and returns what it cost and what it printed.
 func (p *plugin) run(ctx context.Context, command, id, ns string) (cost, []byte, error) {
 	var out, errOut bytes.Buffer
-	cmd := exec.CommandContext(ctx, p.path)
+	argv := append(slices.Clone(p.under), p.path)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Env = []string{
 		"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + id, "CNI_NETNS=" + ns, "CNI_IFNAME=eth0", "CNI_PATH=" + filepath.Dir(p.path),
 		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=bench;K8S_POD_NAME=" + id, "PATH=/usr/sbin:/usr/bin:/sbin:/bin",

@@ -76,15 +76,6 @@ func startServers(at place) (*peer, error) {
 	return startServerProcess(at.path, args)
 }
 
-// startServer serves one mode.
-func startServer(at place, v6 bool, mode string, port uint16) (stop func(), err error) {
-	p, err := startServerProcess(at.path, []string{"-serve", mode + "=" + netip.AddrPortFrom(at.addr(v6), port).String()})
-	if err != nil {
-		return nil, err
-	}
-	return p.stop, nil
-}
-
 func startServerProcess(path string, args []string) (*peer, error) {
 	p, err := startPeer(path, args...)
 	if err != nil {

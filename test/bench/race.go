@@ -19,8 +19,8 @@ type runner struct {
 
 // lap is one burst.
 type lap struct {
-	rate, p50, p99 float64 // as the mode's unit says; µs
-	cpu            float64 // of both ends and the kernel, as the mode's unit says
+	rate, p50, p99 float64 // as the kind's unit says; µs
+	cpu            float64 // of both ends and the kernel, as the kind says
 }
 
 // kind is what is measured of a mode of traffic.
@@ -30,8 +30,8 @@ type kind struct {
 	unit           string
 	scale          float64 // of the unit, in what a client counts
 	times          bool    // p50 and p99 are of interest
-	cpuUnit        string
-	cpuScale       float64 // nanoseconds for one of what a client counts → cpuUnit
+	cpuName        string
+	cpuScale       float64 // nanoseconds for one of what a client counts → milliseconds for what cpuName says
 	target         float64 // for the rate
 }
 
@@ -39,11 +39,11 @@ func (k kind) stream() bool { return k.mode == modeThroughput || k.mode == modeS
 
 // Issue: what Margay must keep of a bare veth pair.
 var kinds = []kind{
-	{modeRequests, "rr", "TCP_RR", 40 * time.Millisecond, "1000/s", 1e3, true, "ms per 1000 transactions", 1e-3, 0.97},
-	{modeConnects, "crr", "TCP_CRR", 60 * time.Millisecond, "1000/s", 1e3, true, "ms per 1000 transactions", 1e-3, 0.95},
-	{modeThroughput, "stream", "one TCP stream", 60 * time.Millisecond, "Gbit/s", 1e9, false, "ms per Gbit", 1e3, 0.98},
-	{modeStreams, "streams", "eight TCP streams", 80 * time.Millisecond, "Gbit/s", 1e9, false, "ms per Gbit", 1e3, 0.98},
-	{modeDatagrams, "udp", "UDP, 64 bytes", 30 * time.Millisecond, "1000/s", 1e3, false, "ms per 1000 packets", 1e-3, 0},
+	{modeRequests, "rr", "TCP_RR", 40 * time.Millisecond, "1000/s", 1e3, true, "CPU per 1000 transactions", 1e-3, 0.97},
+	{modeConnects, "crr", "TCP_CRR", 60 * time.Millisecond, "1000/s", 1e3, true, "CPU per 1000 transactions", 1e-3, 0.95},
+	{modeThroughput, "stream", "one TCP stream", 60 * time.Millisecond, "Gbit/s", 1e9, false, "CPU per Gbit", 1e3, 0.98},
+	{modeStreams, "streams", "eight TCP streams", 80 * time.Millisecond, "Gbit/s", 1e9, false, "CPU per Gbit", 1e3, 0.98},
+	{modeDatagrams, "udp", "UDP, 64 bytes", 30 * time.Millisecond, "1000/s", 1e3, false, "CPU per 1000 packets", 1e-3, 0},
 }
 
 // race lets the runners take turns in all kinds of traffic, so many rounds. Who goes first changes from round to round, and in which
@@ -150,13 +150,10 @@ func (p pairing) compare(r *report, kinds []kind) error {
 		if len(ours) == 0 || len(ours) != len(theirs) {
 			return fmt.Errorf("%s beside %s: %d and %d rounds of %s", p.ours.name, p.theirs.name, len(ours), len(theirs), k.name)
 		}
-		add := func(what, unit string, target float64, of func(lap) float64) {
+		add := func(what, name, unit string, target float64, of func(lap) float64) {
 			m := &measurement{
-				ID: k.id + "." + p.suffix + what, Section: p.section, Name: k.name + ", " + p.name, Unit: unit,
+				ID: k.id + "." + p.suffix + what, Section: p.section, Name: k.name + ", " + p.name + name, Unit: unit,
 				Reference: p.theirs.name, Higher: what == "",
-			}
-			if what != "" {
-				m.Name += ", " + what[1:]
 			}
 			if p.further {
 				m = m.beside(p.theirs.name)
@@ -169,13 +166,13 @@ func (p pairing) compare(r *report, kinds []kind) error {
 			}
 			r.add(m)
 		}
-		add("", k.unit, k.target, func(l lap) float64 { return l.rate })
+		add("", "", k.unit, k.target, func(l lap) float64 { return l.rate })
 		if k.times {
 			// Other work on the CPU lowers both rates at random. Of the transactions' own time the p50 shows it least.
-			add(".p50", "µs", math.Round(100/k.target)/100, func(l lap) float64 { return l.p50 })
-			add(".p99", "µs", 0, func(l lap) float64 { return l.p99 })
+			add(".p50", ", p50", "µs", math.Round(100/k.target)/100, func(l lap) float64 { return l.p50 })
+			add(".p99", ", p99", "µs", 0, func(l lap) float64 { return l.p99 })
 		}
-		add(".CPU", k.cpuUnit, 0, func(l lap) float64 { return l.cpu })
+		add(".CPU", ", "+k.cpuName, "ms", 0, func(l lap) float64 { return l.cpu })
 	}
 	return nil
 }

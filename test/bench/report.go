@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -44,21 +43,14 @@ func newReport(o options) *report {
 	if err != nil {
 		version = []byte("of unknown version")
 	}
-	r := &report{
+	return &report{
 		started: time.Now(), command: o.command(), load: loadAverage(),
 		versions: []string{"the reference plugins " + string(version)},
 	}
-	proxy := filepath.Join(o.inside, "kube-proxy")
-	if _, err := os.Stat(proxy); err != nil {
-		return r // in none of the sections
-	}
-	text, err := exec.Command(proxy, "--version").Output() // Kubernetes v1.2.3
-	if err != nil {
-		text = []byte("of unknown version")
-	}
-	r.versions = append(r.versions, "kube-proxy "+strings.TrimSpace(strings.TrimPrefix(string(text), "Kubernetes ")))
-	return r
 }
+
+// version notes what something was that Margay is compared with, such as "kube-proxy v1.37.0".
+func (r *report) version(text string) { r.versions = append(r.versions, text) }
 
 // add takes a measurement into the report. Its rounds may follow until the end of the run.
 func (r *report) add(measurements ...*measurement) {

@@ -48,7 +48,10 @@ func benchServices(ctx context.Context, b *bench) (err error) {
 // form. With iptables it takes minutes.
 func (l *serviceLab) choose() {
 	nftables, iptables := l.proxies[0], l.proxies[1]
-	l.entries = []casting{{l.margay, 1}, {nftables, 1000}, {l.margay, 10_000}, {iptables, 1000}, {l.margay, 1000}}
+	l.entries = []casting{{l.margay, 1}, {nftables, 1000}, {l.margay, 10_000}, {l.margay, 1000}}
+	if l.bench.full || l.bench.smoke {
+		l.entries = append(l.entries, casting{iptables, 1000})
+	}
 	if l.bench.full {
 		l.entries = append(l.entries, casting{nftables, 1}, casting{iptables, 1}, casting{nftables, 10_000})
 	}

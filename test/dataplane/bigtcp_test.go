@@ -4,7 +4,9 @@ package dataplane
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -111,5 +113,47 @@ func TestBigTCP(t *testing.T) {
 	})
 	if got := n.AllDrops()["too_big"]; got != 0 {
 		t.Errorf("%d packets were taken for too big", got)
+	}
+}
+
+// To another node, routed or through the overlay, the kernel cuts them before it encapsulates.
+func TestBigTCPToAnotherNode(t *testing.T) {
+	t.Parallel()
+	ways := append(slices.Clone(outers), struct {
+		name string
+		opts nodetest.ClusterOptions
+		mtu  int
+	}{"direct", nodetest.ClusterOptions{Direct: true}, 1500})
+	for _, way := range ways {
+		t.Run(way.name, func(t *testing.T) {
+			t.Parallel()
+			c := nodetest.NewCluster(t, 2, way.opts)
+			a, b := c.Nodes[0].AddPod("a"), c.Nodes[1].AddPod("b")
+			for _, p := range []*nodetest.Pod{a, b} {
+				ip(t, p.NS, fmt.Sprintf("link set eth0 mtu %d", way.mtu))
+				enlarge(t, p.NS)
+			}
+			families(t, func(t *testing.T, v6 bool) {
+				l := listen(t, b.NS, "8080")
+				defer l.Close()
+				up, err := nodetest.Dial(t, a.NS, "tcp", netip.AddrPortFrom(b.Addr(v6), 8080), 0)
+				wantNoError(t, "connect", err)
+				accepted, err := l.Accept()
+				wantNoError(t, "accept", err)
+				defer accepted.Close()
+				there := largest(t, b.NS)
+				if mtu := transfer(t, up.Conn, accepted); mtu != way.mtu {
+					t.Errorf("path MTU of the sender = %d, want %d", mtu, way.mtu)
+				}
+				if got := there(); got > legacyGSO {
+					t.Errorf("largest packet received = %d bytes, want at most 64 KiB", got)
+				}
+			})
+			for i, n := range c.Nodes {
+				if got := n.AllDrops()["too_big"]; got != 0 {
+					t.Errorf("node %d took %d packets for too big", i, got)
+				}
+			}
+		})
 	}
 }

@@ -13,7 +13,7 @@ import (
 // Build must change with the objects: programs of another build would be taken for ours.
 func TestBuildIsOfTheseObjects(t *testing.T) {
 	want := ""
-	for _, object := range [][]byte{_PodBytes, _NetdevBytes, _SweepBytes} {
+	for _, object := range [][]byte{_PodBytes, _NetdevBytes, _OverlayBytes, _HostBytes, _SweepBytes} {
 		want += fmt.Sprintf("%08x", crc32.ChecksumIEEE(object))
 	}
 	if got := bpf.Build(); got != want {

@@ -125,7 +125,7 @@ func TestKilledPlugin(t *testing.T) {
 	s := newSpace(t, nil)
 	loaded, l := underLoad(t, s)
 	killing := newSpace(t, nil)
-	pinned := pins(t, node)
+	before := pinned(t, node)
 	plugin, err := inNode(node, "/opt/cni/bin/margay")
 	if err != nil {
 		t.Fatal(err)
@@ -195,8 +195,8 @@ func TestKilledPlugin(t *testing.T) {
 	}
 	gone(t, killing, names...)
 	becomesTidy(t, "the pods' end")
-	if now := pins(t, node); !slices.Equal(now, pinned) {
-		t.Errorf("pinned are %v, and before %v", now, pinned)
+	if now := pinned(t, node); !slices.Equal(now, before) {
+		t.Errorf("pinned are %v, and before %v", now, before)
 	}
 }
 

@@ -389,8 +389,8 @@ func becomesTidy(t *testing.T, after string) {
 	t.Logf("after %s nothing was left within %v", after, time.Since(start).Round(100*time.Millisecond))
 }
 
-// pins returns what Margay has pinned on a node.
-func pins(t *testing.T, n *lab.Node) (all []string) {
+// pinned returns what Margay has pinned on a node.
+func pinned(t *testing.T, n *lab.Node) (all []string) {
 	t.Helper()
 	top, err := inNode(n, "/sys/fs/bpf/margay")
 	if err != nil {
