@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	clusterbuild "github.com/margay-cni/margay/test/cluster/build"
 )
 
 func main() {
@@ -190,6 +192,9 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 	b := &bench{options: o, node: n, report: newReport(o), log: log}
+	if proxied(o.only) {
+		b.report.version("kube-proxy " + clusterbuild.KubernetesVersion)
+	}
 	for _, s := range sections {
 		if !only.MatchString(s.name) {
 			continue
