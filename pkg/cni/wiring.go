@@ -14,7 +14,7 @@ import (
 	"github.com/margay-cni/margay/pkg/pins"
 )
 
-// loaderName is the program that loads what the plugin only opens (loader/main.go). It is where the plugin is.
+// loaderName is the program that loads what the plugin only opens (plugin/loader/main.go). It is where the plugin is.
 const loaderName = "margay-loader"
 
 // openDatapath turns *pins.Pods into the interface that the verbs use. A nil pointer must not become a non-nil interface.
