@@ -60,6 +60,9 @@ func (d *Datapath) SweepFlows(ctx context.Context) (visited, deleted int, err er
 		if err != nil {
 			return visited, deleted, fmt.Errorf("run sweep_flow: %w", err)
 		}
+		if v < sweepPiece {
+			took = 0 // the table's end: only that is left to read
+		}
 		pause.Reset((sweepShare - 1) * took)
 	}
 }
