@@ -151,7 +151,7 @@ generate-check: generate ## Require that the committed generated files are what 
 	@generated='pkg/bpf test/bench/*_bpfel.*'; changed=$$(git status --porcelain -- $$generated); [[ -z $$changed ]] || \
 		{ git --no-pager diff --stat -- $$generated; echo "generate-check: not what is committed:"; echo "$$changed"; exit 1; }
 
-bench: ## Measure Margay beside others, compare with the committed results, write docs/benchmarks.md (needs root, about 4 minutes)
+bench: ## Measure Margay beside others, compare with the committed results, write docs/benchmarks.md (needs root, about 5 minutes)
 	go run ./test/bench -write $(BENCHFLAGS)
 
 bench-full: ## The same with more rounds and what takes long (needs root, about 15 minutes)
