@@ -3,14 +3,12 @@
 package datapath
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/pins"
@@ -107,21 +105,6 @@ func (d *Datapath) hooks(hooks []hookPoint) (out []pins.Hook) {
 		out = append(out, hook)
 	}
 	return out
-}
-
-// gone says that the kernel has no such device, qdisc or filter.
-func gone(err error) bool {
-	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL)
-}
-
-// retryDump repeats a netlink dump that another writer interrupted, because only a whole one is consistent.
-func retryDump[T any](list func() ([]T, error)) ([]T, error) {
-	for range 31 {
-		if out, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return out, err
-		}
-	}
-	return list()
 }
 
 func fromIP(ip net.IP) netip.Addr {

@@ -131,7 +131,7 @@ func closeMaps(maps map[string]*ebpf.Map) {
 
 // fillNodeAddrs writes this node's addresses, so that policy knows the node's own traffic before an agent has ever run.
 func fillNodeAddrs(m *ebpf.Map) error {
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := pins.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return fmt.Errorf("list the node's addresses: %w", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/pins"
 )
 
 // RemoveUnusedPrograms removes the pins of other builds' programs that are on no device of the calling thread's network namespace any more,
@@ -77,15 +78,15 @@ func otherBuilds(cfg Config, age time.Duration) (out []string, err error) {
 
 // attachedPrograms are the ids of the programs in all tc filters.
 func attachedPrograms() (map[ebpf.ProgramID]bool, error) {
-	links, err := retryDump(netlink.LinkList)
+	links, err := pins.RetryDump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
 	used := map[ebpf.ProgramID]bool{}
 	for _, l := range links {
 		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-			filters, err := retryDump(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
-			if err != nil && !gone(err) {
+			filters, err := pins.RetryDump(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
+			if err != nil && !pins.Gone(err) {
 				return nil, fmt.Errorf("list filters of %s: %w", l.Attrs().Name, err)
 			}
 			for _, f := range filters {

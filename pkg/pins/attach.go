@@ -85,7 +85,7 @@ func Detach(ifindex int, hooks ...Hook) error {
 			errs = append(errs, err)
 			continue
 		}
-		if err := netlink.FilterDel(have); err != nil && !gone(err) {
+		if err := netlink.FilterDel(have); err != nil && !Gone(err) {
 			errs = append(errs, fmt.Errorf("detach %s from device %d: %w", hook.Program, ifindex, err))
 		}
 	}
@@ -113,9 +113,9 @@ func Attached(ifindex int, hooks ...Hook) error {
 // ours finds our filter on one side of a device; nil when there is none, or no such device.
 func ours(ifindex int, hook Hook) (*netlink.BpfFilter, error) {
 	dev := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
-	filters, err := retryDump(func() ([]netlink.Filter, error) { return netlink.FilterList(dev, hook.Parent) })
+	filters, err := RetryDump(func() ([]netlink.Filter, error) { return netlink.FilterList(dev, hook.Parent) })
 	if err != nil {
-		if gone(err) {
+		if Gone(err) {
 			return nil, nil
 		}
 		return nil, fmt.Errorf("list filters of device %d: %w", ifindex, err)
@@ -128,13 +128,13 @@ func ours(ifindex int, hook Hook) (*netlink.BpfFilter, error) {
 	return nil, nil
 }
 
-// gone says that the kernel has no such device, qdisc or filter.
-func gone(err error) bool {
+// Gone says that the kernel has no such device, qdisc or filter.
+func Gone(err error) bool {
 	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL)
 }
 
-// retryDump repeats a netlink dump that another writer interrupted, because only a whole one is consistent.
-func retryDump[T any](list func() ([]T, error)) ([]T, error) {
+// RetryDump repeats a netlink dump that another writer interrupted, because only a whole one is consistent.
+func RetryDump[T any](list func() ([]T, error)) ([]T, error) {
 	for range 31 {
 		if out, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
 			return out, err
