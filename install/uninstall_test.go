@@ -194,9 +194,7 @@ func (m *machine) occupy() {
 		m.ip("-6", "route", "add", "fd00:246::/64", "via", "2001:db8::2", "proto", "78")
 		m.ip("route", "add", "unreachable", "10.244.0.0/24", "proto", "78", "metric", "16777216")
 		m.ip("-6", "route", "add", "unreachable", "fd00:244::/64", "proto", "78", "metric", "16777216")
-		if changed, err := netfilter.EnsureNotrack(8472); err != nil || !changed {
-			m.t.Fatalf("EnsureNotrack() = %v, %v, want true", changed, err)
-		}
+		m.nft("table inet " + netfilter.Table + " { chain overlay-out { type filter hook output priority raw; udp dport 8472 notrack; }; }")
 		for _, s := range []string{"net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding", "net/ipv4/conf/mgy0123/rp_filter", "net/ipv4/ip_local_reserved_ports"} {
 			path := filepath.Join("/proc/sys", strings.TrimPrefix(s, "/proc/sys/"))
 			before, err := os.ReadFile(path)

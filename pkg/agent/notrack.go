@@ -6,7 +6,8 @@ import (
 	"github.com/margay-cni/margay/pkg/netfilter"
 )
 
-// notracker keeps conntrack away from the overlay's outer packets, so that its full table does not stop them; pkg/netfilter does it.
+// notracker keeps conntrack, where it is in use, away from the overlay's outer packets, so that its full table does not stop them;
+// pkg/netfilter does it.
 type notracker interface {
 	EnsureNotrack(port uint16) (changed bool, err error)
 	Remove() (removed bool, err error)
@@ -18,8 +19,8 @@ type systemNetfilter struct{}
 func (systemNetfilter) EnsureNotrack(port uint16) (bool, error) { return netfilter.EnsureNotrack(port) }
 func (systemNetfilter) Remove() (bool, error)                   { return netfilter.Remove() }
 
-// applyNotrack looks after the rules at each full round: who reloads the node's firewall takes them away, and no event says so. What fails
-// is tried again then, and hinders nothing.
+// applyNotrack looks after the rules at each full round: conntrack comes into use, or who reloads the node's firewall takes them away, and no
+// event says so. What fails is tried again then, and hinders nothing.
 func (w *nodeWatcher) applyNotrack(verify bool) {
 	if w.rules == nil || !verify {
 		return

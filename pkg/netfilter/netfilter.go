@@ -2,7 +2,8 @@
 
 // Package netfilter keeps the one nftables table that Margay has on a node. Forwarded pod traffic never meets netfilter; what does are the
 // outer packets of the overlay, because the kernel's VXLAN device hands them to the node's own stack. The table keeps conntrack away from
-// them, so that a full conntrack table does not stop the overlay (docs/design/0008-netfilter.md).
+// them, so that a full conntrack table does not stop the overlay (docs/design/0008-netfilter.md). Every packet pays for the table, so it is
+// made only where something tracks connections.
 //
 // It belongs to the namespace of the calling thread. The functions keep no state and may be called by several goroutines; two that change
 // the table at once leave the content that one of them wanted. It knows nothing of devices (pkg/link), BPF and Kubernetes, and runs no
@@ -17,6 +18,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -31,8 +33,12 @@ const Table = "margay"
 // table as long as conntrack has room.
 var ErrUnsupported = errors.New("the kernel lacks nf_tables with fib and notrack")
 
-// conntrackSetting exists in every namespace once the kernel has conntrack, whether or not anything uses it there.
-const conntrackSetting = "/proc/sys/net/netfilter/nf_conntrack_max"
+// Settings of conntrack, which exist in every namespace once the kernel has it, whether or not anything uses it there. The first is the
+// whole machine's; the second is the number of connections that conntrack knows in the namespace of the thread that reads it.
+const (
+	conntrackMax   = "/proc/sys/net/netfilter/nf_conntrack_max"
+	conntrackCount = "/proc/sys/net/netfilter/nf_conntrack_count"
+)
 
 // base is one chain of the table: where conntrack would meet outer packets, and what is asked beside protocol and port.
 type base struct {
@@ -52,15 +58,17 @@ var chains = []base{
 }
 
 // EnsureNotrack makes the table so that conntrack leaves the overlay's outer packets alone, to the UDP port in host byte order, in both
-// families. It reports whether it had to change something. Where the kernel has no conntrack, or has not loaded it, it does nothing: the
-// rules would load it. An error wraps ErrUnsupported where the kernel cannot do it.
+// families. It reports whether it had to change something. Where conntrack knows no connection at the moment it makes no table, and mends the
+// one that is there: nothing tells an idle conntrack from one that nobody uses. An error wraps ErrUnsupported where the kernel cannot do it.
 func EnsureNotrack(port uint16) (changed bool, err error) {
-	_, err = os.Stat(conntrackSetting)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
+	tracking, err := tracks()
 	if err != nil {
-		return false, fmt.Errorf("look for conntrack: %w", err)
+		return false, err
+	}
+	if !tracking {
+		if there, err := Exists(); err != nil || !there {
+			return false, err
+		}
 	}
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
@@ -76,6 +84,17 @@ func EnsureNotrack(port uint16) (changed bool, err error) {
 		return false, nil
 	}
 	return true, replace(c, port)
+}
+
+// tracks tells whether conntrack knows a connection in this namespace. It is true as well where the kernel has conntrack and does not say.
+func tracks() (bool, error) {
+	if _, err := os.Stat(conntrackMax); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, fmt.Errorf("look for conntrack: %w", err)
+	}
+	count, err := os.ReadFile(conntrackCount)
+	return err != nil || strings.TrimSpace(string(count)) != "0", nil
 }
 
 // Exists tells whether our table is there.
