@@ -84,7 +84,7 @@ func New(stdout io.Writer) *Plugin {
 		stdout: stdout,
 		ensure: ensureWith(runLoader),
 		open:   openDatapath,
-		check:  pins.Check,
+		check:  checkDatapath,
 		after:  func(string) error { return nil },
 		speaks: versions[len(versions)-1],
 	}

@@ -10,7 +10,7 @@ import (
 )
 
 // Status fails only when ADD cannot work here at all: containerd asks every few seconds and takes the node NotReady on any error, which
-// evicts its pods. A stopped agent or a full address range is not that.
+// evicts its pods. A stopped agent or a full address range is not that; nothing loaded and no loader is.
 func (p *Plugin) Status(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at == nil {

@@ -26,6 +26,35 @@ func openDatapath(cfg pins.Config) (dataplane, error) {
 	return p, nil
 }
 
+// checkDatapath tells whether ADD could have the datapath, without changing anything: what is pinned opens, or it can be loaded.
+func checkDatapath(cfg pins.Config) error {
+	d, err := openDatapath(cfg)
+	if err == nil {
+		return d.Close()
+	}
+	if !errors.Is(err, pins.ErrNotLoaded) {
+		return err
+	}
+	if err := pins.Check(cfg); err != nil {
+		return err
+	}
+	_, err = findLoader()
+	return err
+}
+
+// findLoader returns the loader's path.
+func findLoader() (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find %s beside the plugin: %w", loaderName, err)
+	}
+	path, err := exec.LookPath(filepath.Join(filepath.Dir(self), loaderName))
+	if err != nil {
+		return "", fmt.Errorf("find %s, which belongs beside the plugin: %w", loaderName, err)
+	}
+	return path, nil
+}
+
 // ensureWith opens the datapath, and has it loaded first where it is not there.
 func ensureWith(load func(context.Context, pins.Config) error) func(context.Context, pins.Config) (dataplane, error) {
 	return func(ctx context.Context, cfg pins.Config) (dataplane, error) {
@@ -42,12 +71,12 @@ func ensureWith(load func(context.Context, pins.Config) error) func(context.Cont
 
 // runLoader waits for the loader. Killing it is harmless: the next one repairs.
 func runLoader(ctx context.Context, cfg pins.Config) error {
-	self, err := os.Executable()
+	loader, err := findLoader()
 	if err != nil {
-		return fmt.Errorf("find %s beside the plugin: %w", loaderName, err)
+		return err
 	}
 	var said bytes.Buffer
-	cmd := exec.CommandContext(ctx, filepath.Join(filepath.Dir(self), loaderName), "--bpffs", cfg.BPFFS, "--run", cfg.Run)
+	cmd := exec.CommandContext(ctx, loader, "--bpffs", cfg.BPFFS, "--run", cfg.Run)
 	cmd.Stderr = &said
 	err = cmd.Run()
 	switch {
@@ -58,5 +87,5 @@ func runLoader(ctx context.Context, cfg pins.Config) error {
 	case said.Len() > 0:
 		return errors.New(string(bytes.TrimSpace(said.Bytes())))
 	}
-	return fmt.Errorf("run %s, which belongs beside the plugin: %w", loaderName, err)
+	return fmt.Errorf("run %s: %w", loaderName, err)
 }

@@ -143,8 +143,8 @@ func (p *Pods) Close() error {
 		p.services.close(), p.backends.close(), p.serviceBackends.close(), p.serviceEpochs.close())...)
 }
 
-// Check tells whether ADD could work here, without changing anything: either the datapath is loaded, or a bpffs can be had and the
-// caller may use BPF. It makes one cheap system call or two, because container runtimes ask every few seconds.
+// Check tells whether there can be a datapath here, without changing anything: either a program of the current build is pinned, or a bpffs can
+// be had. It makes one cheap system call or two, because container runtimes ask every few seconds.
 func Check(cfg Config) error {
 	if _, err := os.Stat(filepath.Join(cfg.ProgramDir(), bpf.ProgFromPod)); err == nil {
 		return nil
