@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -146,11 +147,7 @@ func (a *addition) openNamespaces(context.Context) (err error) {
 
 // overrides says whether the runtime allows the pod's namespace to be the plugin's (CNI_NETNS_OVERRIDE).
 func overrides(args *Args) bool {
-	switch args.NetnsOverride {
-	case "1", "true", "TRUE", "True":
-		return true
-	}
-	return false
+	return args.NetnsOverride == "1" || strings.EqualFold(args.NetnsOverride, "true")
 }
 
 // close releases what the steps opened.

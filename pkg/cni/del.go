@@ -5,6 +5,7 @@ package cni
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -21,7 +22,8 @@ import (
 )
 
 // Del disconnects a pod. It needs neither the pod's namespace nor a valid configuration nor anything that ADD wrote: what is there is
-// removed, what is missing is success, and one failure does not keep the rest from being removed.
+// removed, what is missing is success, and one failure does not keep the rest from being removed. A CNI_NETNS that is the plugin's own
+// namespace is an error, as the CNI library has it: after the work, which must not wait for a runtime that asks for the right one.
 func (p *Plugin) Del(ctx context.Context, args *Args) (err error) {
 	at, err := p.load(args)
 	if at == nil {
@@ -42,7 +44,30 @@ func (p *Plugin) Del(ctx context.Context, args *Args) (err error) {
 		return err
 	}
 	defer at.tidy("unlock", lock.release)
-	return p.removeLocked(ctx, at, lock)
+	if err := p.removeLocked(ctx, at, lock); err != nil {
+		return err
+	}
+	if isOwnNamespace(args) {
+		return fail(types.ErrInvalidNetNS, nil, "CNI_NETNS %q is the plugin's own network namespace; the attachment is removed", args.Netns)
+	}
+	return nil
+}
+
+// isOwnNamespace tells whether CNI_NETNS is the plugin's own, which the runtime did not allow. The namespace of a pod that is gone is not.
+func isOwnNamespace(args *Args) bool {
+	if overrides(args) {
+		return false
+	}
+	own, err := netns.Identify(args.Netns)
+	if err != nil {
+		return false
+	}
+	current, err := netns.Current()
+	if err != nil {
+		return false
+	}
+	id, err := current.ID()
+	return errors.Join(err, current.Close()) == nil && id == own
 }
 
 // removeLocked undoes the attachment whose lock is held, and leaves a journal of what it could not undo.
@@ -192,6 +217,9 @@ func (r *removal) detachAdopted() error {
 }
 
 func (r *removal) findAdopted() (ifindex int, err error) {
+	if isOwnNamespace(r.args) {
+		return 0, fmt.Errorf("%s is the plugin's own namespace: %w", r.args.Netns, link.ErrNotFound) // the device of that name is the node's
+	}
 	ns, err := netns.Open(r.args.Netns)
 	if err != nil {
 		return 0, err
