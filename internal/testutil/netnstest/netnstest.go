@@ -5,6 +5,7 @@
 package netnstest
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -36,26 +37,41 @@ func New(t testing.TB) *NS {
 	return ns
 }
 
-// create binds a fresh namespace to path. Its thread is never unlocked: it ends with the goroutine and takes its namespace along.
+// create binds a fresh namespace to path. Its thread goes home again: the first thread of a process would not end with its goroutine, and keep
+// the namespace alive as long as the process lives.
 func create(path string) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		done <- func() error {
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return err
-			}
-			lo, err := netlink.LinkByName("lo")
-			if err != nil {
-				return err
-			}
-			if err := netlink.LinkSetUp(lo); err != nil {
-				return err
-			}
-			return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
-		}()
+		home, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			done <- err
+			return
+		}
+		err = bindFresh(path)
+		if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back == nil {
+			runtime.UnlockOSThread()
+		} else {
+			err = errors.Join(err, back)
+		}
+		done <- errors.Join(err, home.Close())
 	}()
 	return <-done
+}
+
+// bindFresh leaves the thread in the new namespace.
+func bindFresh(path string) error {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return err
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
 }
 
 // Path returns the file that the namespace is bound to, as CNI_NETNS wants it.
