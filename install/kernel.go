@@ -13,21 +13,10 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/margay-cni/margay/pkg/dump"
 	"github.com/margay-cni/margay/pkg/link"
 	"github.com/margay-cni/margay/pkg/netfilter"
 )
-
-// dumpAttempts bounds how often a dump is repeated that the kernel marks as inconsistent.
-const dumpAttempts = 32
-
-func dump[T any](list func() ([]T, error)) (out []T, err error) {
-	for range dumpAttempts {
-		if out, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return out, err
-}
 
 // filterItems finds our tc filters on devices that stay: NICs, and the host-side devices of adopted interfaces. Ours are those that run a
 // program pinned under our bpffs directory, and those that carry our name.
@@ -36,7 +25,7 @@ func filterItems(o *options) ([]item, error) {
 	if err != nil {
 		return nil, err
 	}
-	qdiscs, err := dump(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
+	qdiscs, err := dump.Whole(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
 		return nil, fmt.Errorf("list queueing disciplines: %w", err)
 	}
@@ -80,7 +69,7 @@ func filtersOf(device netlink.Link, programs map[ebpf.ProgramID]bool) (attached,
 		name   string
 		parent uint32
 	}{{"ingress", netlink.HANDLE_MIN_INGRESS}, {"egress", netlink.HANDLE_MIN_EGRESS}} {
-		filters, err := dump(func() ([]netlink.Filter, error) { return netlink.FilterList(device, hook.parent) })
+		filters, err := dump.Whole(func() ([]netlink.Filter, error) { return netlink.FilterList(device, hook.parent) })
 		if err != nil {
 			return found, fmt.Errorf("list the %s filters of %s: %w", hook.name, device.Attrs().Name, err)
 		}
@@ -150,7 +139,7 @@ func routeItems() ([]item, error) {
 	var items []item
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		for _, protocol := range []netlink.RouteProtocol{link.RouteProtocol, link.NodeRouteProtocol} {
-			routes, err := dump(func() ([]netlink.Route, error) {
+			routes, err := dump.Whole(func() ([]netlink.Route, error) {
 				filter := &netlink.Route{Protocol: protocol, Table: unix.RT_TABLE_UNSPEC}
 				return netlink.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 			})

@@ -13,6 +13,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/margay-cni/margay/pkg/dump"
 	"github.com/margay-cni/margay/pkg/endpoint"
 	"github.com/margay-cni/margay/pkg/link"
 )
@@ -355,7 +356,7 @@ func present(ifindex int) []string {
 	}
 	var out []string
 	for hook, parent := range map[string]uint32{"ingress": netlink.HANDLE_MIN_INGRESS, "egress": netlink.HANDLE_MIN_EGRESS} {
-		filters, err := dump(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
+		filters, err := dump.Whole(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
 		if err != nil {
 			continue
 		}

@@ -5,7 +5,6 @@ package agent
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"net/netip"
 	"path"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/dump"
 	"github.com/margay-cni/margay/pkg/link"
 	"github.com/margay-cni/margay/pkg/node"
 )
@@ -53,26 +53,9 @@ type survey struct {
 // podDevicePrefix begins the name of every host-side device that Margay makes.
 const podDevicePrefix = "mgy"
 
-// dumpAttempts bounds how often an interrupted dump, which is inconsistent, is repeated.
-const dumpAttempts = 32
-
-// dump repeats a netlink dump that the kernel marked as interrupted.
-func dump[T any](read func() (T, error)) (T, error) {
-	var (
-		out T
-		err error
-	)
-	for range dumpAttempts {
-		if out, err = read(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return out, err
-}
-
 // Devices returns the names of the host's network devices by index.
 func (systemHost) Devices() (map[int]string, error) {
-	links, err := dump(netlink.LinkList)
+	links, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
@@ -86,21 +69,21 @@ func (systemHost) Devices() (map[int]string, error) {
 // readSurvey reads devices, addresses, routes and rules of the network namespace. Routes to our own pods are left out: the endpoints map
 // decides about those, and a pod's start must not send every flow of the node through the slow path.
 func readSurvey() (*survey, error) {
-	links, err := dump(netlink.LinkList)
+	links, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, unix.AF_UNSPEC) })
+	addrs, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, unix.AF_UNSPEC) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
-	routes, err := dump(func() ([]netlink.Route, error) {
+	routes, err := dump.Whole(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
-	rules, err := dump(func() ([]netlink.Rule, error) { return netlink.RuleList(unix.AF_UNSPEC) })
+	rules, err := dump.Whole(func() ([]netlink.Rule, error) { return netlink.RuleList(unix.AF_UNSPEC) })
 	if err != nil {
 		return nil, fmt.Errorf("list routing rules: %w", err)
 	}

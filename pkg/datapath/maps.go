@@ -13,6 +13,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/bpf/object"
+	"github.com/margay-cni/margay/pkg/dump"
 	"github.com/margay-cni/margay/pkg/pins"
 )
 
@@ -131,7 +132,7 @@ func closeMaps(maps map[string]*ebpf.Map) {
 
 // fillNodeAddrs writes this node's addresses, so that policy knows the node's own traffic before an agent has ever run.
 func fillNodeAddrs(m *ebpf.Map) error {
-	addrs, err := pins.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := dump.Whole(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return fmt.Errorf("list the node's addresses: %w", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/dump"
 	"github.com/margay-cni/margay/pkg/pins"
 )
 
@@ -78,14 +79,14 @@ func otherBuilds(cfg Config, age time.Duration) (out []string, err error) {
 
 // attachedPrograms are the ids of the programs in all tc filters.
 func attachedPrograms() (map[ebpf.ProgramID]bool, error) {
-	links, err := pins.RetryDump(netlink.LinkList)
+	links, err := dump.Whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
 	used := map[ebpf.ProgramID]bool{}
 	for _, l := range links {
 		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-			filters, err := pins.RetryDump(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
+			filters, err := dump.Whole(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
 			if err != nil && !pins.Gone(err) {
 				return nil, fmt.Errorf("list filters of %s: %w", l.Attrs().Name, err)
 			}

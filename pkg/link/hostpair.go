@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/dump"
 )
 
 // The veth pair by which the host's own sockets reach services. Both ends are the host's: routes to service addresses lead into HostDevice,
@@ -138,7 +140,7 @@ func (c *Conn) SyncServiceRoutes(device int, want []ServiceRoute, keep bool) (ch
 	var stale []netlink.Route
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		filter := &netlink.Route{Protocol: ServiceRouteProtocol, Table: unix.RT_TABLE_UNSPEC}
-		have, err := dump(func() ([]netlink.Route, error) {
+		have, err := dump.Whole(func() ([]netlink.Route, error) {
 			return c.h.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {

@@ -3,8 +3,8 @@
 // Package link makes and removes the devices, addresses, routes and neighbour entries that connect a pod to its node, and verifies that
 // they are still there. It knows nothing of BPF, of namespaces' paths (pkg/netns) and of who a pod is.
 //
-// A Conn is a netlink socket bound to one network namespace for good, so nothing here switches threads between namespaces. Every netlink
-// dump of Margay goes through this package: a dump that the kernel marks as interrupted is inconsistent and is repeated.
+// A Conn is a netlink socket bound to one network namespace for good, so nothing here switches threads between namespaces. Dumps go
+// through pkg/dump.
 //
 // A pod has /32 and /128 addresses, a default route through a link-local gateway that no device really has, and a permanent neighbour
 // entry that resolves the gateway to the host-side device: no ARP or neighbour discovery is needed in either direction.
@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/addr"
+	"github.com/margay-cni/margay/pkg/dump"
 )
 
 // The gateways that every pod sees. They exist only as neighbour entries.
@@ -40,9 +41,6 @@ var ErrExists = errors.New("device exists")
 
 // ErrIPv6Disabled is wrapped when the kernel refuses an IPv6 address because disable_ipv6 is set on the device.
 var ErrIPv6Disabled = errors.New("IPv6 is disabled on the device")
-
-// dumpAttempts bounds how often an interrupted dump is repeated. Each round fails only when somebody changed the table meanwhile.
-const dumpAttempts = 32
 
 // Conn is a netlink socket in one namespace. It may be used by one goroutine at a time.
 type Conn struct {
@@ -117,7 +115,7 @@ func (c *Conn) DeviceByIndex(index int) (Device, error) {
 
 // Devices returns every device of the namespace.
 func (c *Conn) Devices() ([]Device, error) {
-	links, err := dump(c.h.LinkList)
+	links, err := dump.Whole(c.h.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
@@ -136,18 +134,6 @@ func (c *Conn) Delete(index int) error {
 		return fmt.Errorf("delete device %d: %w", index, err)
 	}
 	return nil
-}
-
-// dump runs a netlink dump until it is consistent.
-func dump[T any](list func() ([]T, error)) ([]T, error) {
-	var err error
-	for range dumpAttempts {
-		var out []T
-		if out, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return out, err
-		}
-	}
-	return nil, fmt.Errorf("%w (%d times in a row)", err, dumpAttempts)
 }
 
 // notFound adds ErrNotFound to the library's and the kernel's ways of saying it.

@@ -382,30 +382,6 @@ func TestDefaultMTU(t *testing.T) {
 	}
 }
 
-func TestDumpRepeatsWhenInterrupted(t *testing.T) {
-	for name, c := range map[string]struct {
-		interrupted int
-		want        bool
-	}{
-		"not at all": {0, true},
-		"twice":      {2, true},
-		"always":     {1 << 30, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			calls := 0
-			got, err := dump(func() ([]int, error) {
-				if calls++; calls <= c.interrupted {
-					return []int{1}, netlink.ErrDumpInterrupted
-				}
-				return []int{1, 2}, nil
-			})
-			if (err == nil && len(got) == 2) != c.want {
-				t.Errorf("dump() = %v, %v, want success %v", got, err, c.want)
-			}
-		})
-	}
-}
-
 func TestDerivedNames(t *testing.T) {
 	name := HostName("c1", "eth0")
 	if len(name) > 15 || !strings.HasPrefix(name, HostPrefix) {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/dump"
 )
 
 // NodeRouteProtocol marks the routes to other nodes' pods and the unreachable ones for our own ranges (rtm_protocol). It is not
@@ -137,7 +139,7 @@ func (c *Conn) nodeRoutes() ([]netlink.Route, error) {
 	filter := &netlink.Route{Protocol: NodeRouteProtocol, Table: unix.RT_TABLE_UNSPEC}
 	var out []netlink.Route
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := dump(func() ([]netlink.Route, error) {
+		list, err := dump.Whole(func() ([]netlink.Route, error) {
 			return c.h.RouteListFiltered(family, filter, netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {

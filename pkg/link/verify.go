@@ -12,12 +12,14 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/dump"
 )
 
 // Addresses returns the addresses of a device, of both families, link-local ones included.
 func (c *Conn) Addresses(index int) ([]netip.Addr, error) {
 	dev := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
-	list, err := dump(func() ([]netlink.Addr, error) { return c.h.AddrList(dev, netlink.FAMILY_ALL) })
+	list, err := dump.Whole(func() ([]netlink.Addr, error) { return c.h.AddrList(dev, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -30,7 +32,7 @@ func (c *Conn) Addresses(index int) ([]netip.Addr, error) {
 
 // HasAddress says whether any device has the address.
 func (c *Conn) HasAddress(a netip.Addr) (bool, error) {
-	all, err := dump(func() ([]netlink.Addr, error) { return c.h.AddrList(nil, netlink.FAMILY_ALL) })
+	all, err := dump.Whole(func() ([]netlink.Addr, error) { return c.h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return false, fmt.Errorf("list addresses: %w", err)
 	}
@@ -71,7 +73,7 @@ func (c *Conn) VerifyHost(h Host) error {
 }
 
 func (c *Conn) verifyNeighbour(index int, a netip.Addr, mac net.HardwareAddr) error {
-	list, err := dump(func() ([]netlink.Neigh, error) { return c.h.NeighList(index, family(a)) })
+	list, err := dump.Whole(func() ([]netlink.Neigh, error) { return c.h.NeighList(index, family(a)) })
 	if err != nil {
 		return fmt.Errorf("list neighbours: %w", err)
 	}
@@ -94,7 +96,7 @@ func (c *Conn) verifyRoutes(index int, want []netlink.Route) error {
 	for _, w := range want {
 		f := family(fromIP(w.Dst.IP))
 		if _, ok := have[f]; !ok {
-			list, err := dump(func() ([]netlink.Route, error) {
+			list, err := dump.Whole(func() ([]netlink.Route, error) {
 				return c.h.RouteListFiltered(f, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
 			})
 			if err != nil {

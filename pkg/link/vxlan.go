@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/dump"
 )
 
 // OverlayAlias is the alias of every VXLAN device that Margay makes. It finds one again whose configured name has changed since.
@@ -37,7 +39,7 @@ func OverlayMAC(node string) net.HardwareAddr {
 // means a new device. Overlay devices of ours under other names are removed, because they may hold the port. A device of that name of
 // another kind is somebody else's, and an error that wraps ErrExists.
 func (c *Conn) EnsureVXLAN(want VXLAN) (Device, error) {
-	links, err := dump(c.h.LinkList)
+	links, err := dump.Whole(c.h.LinkList)
 	if err != nil {
 		return Device{}, fmt.Errorf("list devices: %w", err)
 	}
@@ -118,7 +120,7 @@ func (c *Conn) setVXLAN(v *netlink.Vxlan, mtu int) error {
 
 // DeleteVXLANs removes every overlay device of ours.
 func (c *Conn) DeleteVXLANs() error {
-	links, err := dump(c.h.LinkList)
+	links, err := dump.Whole(c.h.LinkList)
 	if err != nil {
 		return fmt.Errorf("list devices: %w", err)
 	}

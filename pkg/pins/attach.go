@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/dump"
 )
 
 // FilterPriority and FilterHandle are where our filters sit on a device's clsact qdisc. Lower priorities run first. The handle is one
@@ -113,7 +114,7 @@ func Attached(ifindex int, hooks ...Hook) error {
 // ours finds our filter on one side of a device; nil when there is none, or no such device.
 func ours(ifindex int, hook Hook) (*netlink.BpfFilter, error) {
 	dev := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
-	filters, err := RetryDump(func() ([]netlink.Filter, error) { return netlink.FilterList(dev, hook.Parent) })
+	filters, err := dump.Whole(func() ([]netlink.Filter, error) { return netlink.FilterList(dev, hook.Parent) })
 	if err != nil {
 		if Gone(err) {
 			return nil, nil
@@ -131,14 +132,4 @@ func ours(ifindex int, hook Hook) (*netlink.BpfFilter, error) {
 // Gone says that the kernel has no such device, qdisc or filter.
 func Gone(err error) bool {
 	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL)
-}
-
-// RetryDump repeats a netlink dump that another writer interrupted, because only a whole one is consistent.
-func RetryDump[T any](list func() ([]T, error)) ([]T, error) {
-	for range 31 {
-		if out, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return out, err
-		}
-	}
-	return list()
 }
