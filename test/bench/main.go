@@ -77,7 +77,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.BoolVar(&o.write, "write", false, "write docs/benchmarks/latest.json, the plots beside it and the tables of docs/benchmarks.md")
 	flags.BoolVar(&o.strict, "strict", false, "fail if a target is missed or a figure is worse than the committed one")
 	flags.StringVar(&o.only, "only", "", "`regexp` of the sections to run ("+sectionNames()+")")
-	flags.Var(&o.cnis, "cni", "`NAME=CONFLIST,BINDIR`: compare with this CNI as well; may be repeated")
+	flags.Var(&o.cnis, "cni", "`[NAME=]DIR[,BINDIR]`: compare with the CNI that DIR/contender.yaml describes as well, with the programs in BINDIR;\n"+
+		"NAME=CONFLIST,BINDIR: with the CNI of a conflist, on one node only; may be repeated")
 	flags.StringVar(&o.inside, "inside", "", "used by bench itself")
 	err := flags.Parse(args)
 	switch {
@@ -157,6 +158,23 @@ type bench struct {
 	node   *node
 	report *report
 	log    *slog.Logger
+
+	margay, reference *contender // as they are described, see with
+}
+
+// proxy is the reference with kube-proxy in a mode.
+func (b *bench) proxy(mode string) *contender {
+	return b.reference.with(mode, "ptp + kube-proxy "+mode, "--proxy-mode", mode)
+}
+
+// others are the CNIs of -cni that can be compared on several nodes.
+func (b *bench) others() []*contender {
+	return slices.DeleteFunc(slices.Clone([]*contender(b.cnis)), func(c *contender) bool { return c.oneNode })
+}
+
+// servingOthers are those of them that serve services.
+func (b *bench) servingOthers() []*contender {
+	return slices.DeleteFunc(b.others(), func(c *contender) bool { return c.Services == 0 })
 }
 
 // rounds returns how often something is measured, or smoke times where nothing is.
@@ -186,13 +204,18 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 			return err
 		}
 	}
-	n, err := newNode(ctx, o.inside)
-	if err != nil {
+	b := &bench{options: o, report: newReport(o), log: log}
+	if b.margay, err = ownContender("margay"); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, n.close()) }()
-	b := &bench{options: o, node: n, report: newReport(o), log: log}
-	if proxied(o.only) {
+	if b.reference, err = ownContender("ptp-kube-proxy"); err != nil {
+		return err
+	}
+	if b.node, err = newNode(ctx, o.inside); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.node.close()) }()
+	if o.proxied() {
 		b.report.version("kube-proxy " + clusterbuild.KubernetesVersion)
 	}
 	for _, s := range sections {
@@ -223,8 +246,8 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 	return nil
 }
 
-// proxied says whether one of the sections that are run has kube-proxy in it.
-func proxied(only string) bool {
-	pattern, err := regexp.Compile(only)
-	return err == nil && slices.ContainsFunc(sections, func(s section) bool { return s.proxied && pattern.MatchString(s.name) })
+// proxied says whether kube-proxy is needed: by a section that is run or, perhaps, by another CNI.
+func (o *options) proxied() bool {
+	pattern, err := regexp.Compile(o.only)
+	return err == nil && (len(o.cnis) > 0 || slices.ContainsFunc(sections, func(s section) bool { return s.proxied && pattern.MatchString(s.name) }))
 }

@@ -84,9 +84,12 @@ type plotMark struct {
 }
 
 // plotName returns the file name of a section's plot.
-func plotName(section string) string {
-	name := strings.FieldsFunc(strings.ToLower(section), func(r rune) bool { return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789", r) })
-	return strings.Join(name, "-") + ".svg"
+func plotName(section string) string { return fileName(section) + ".svg" }
+
+// fileName returns a name as one of a file: lower case, digits, and dashes for everything else.
+func fileName(name string) string {
+	words := strings.FieldsFunc(strings.ToLower(name), func(r rune) bool { return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789", r) })
+	return strings.Join(words, "-")
 }
 
 // newPlot lays out a section's results.

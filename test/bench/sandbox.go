@@ -41,7 +41,7 @@ func enter(ctx context.Context, o options, args []string, stdout, stderr io.Writ
 	if err := build(ctx, dir); err != nil {
 		return err
 	}
-	if proxied(o.only) {
+	if o.proxied() {
 		if err := linkKubeProxy(ctx, dir, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
 			return err
 		}
