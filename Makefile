@@ -154,7 +154,7 @@ generate-check: generate ## Require that the committed generated files are what 
 bench: ## Measure Margay beside others, compare with the committed results, write docs/benchmarks.md (needs root, about 5 minutes)
 	go run ./test/bench -write $(BENCHFLAGS)
 
-bench-full: ## The same with more rounds and what takes long (needs root, about 15 minutes)
+bench-full: ## The same with more rounds and what takes long (needs root, about 15 minutes; says on standard error how far it is)
 	go run ./test/bench -full -write $(BENCHFLAGS)
 
 bench-smoke: ## Run every benchmark once, briefly: shows that they work (needs root)

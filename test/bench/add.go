@@ -67,14 +67,14 @@ func (b *bench) contestants(ctx context.Context, network string, subnets []strin
 			return nil, closed, err
 		}
 		clusters[casting{c, 0}] = k
-		// A first pod, because that waits until the daemons can do it.
 		if err := k.start(); err != nil {
 			return nil, closed, err
 		}
+		// A first pod that goes again, because that waits until the daemons can do it.
 		if _, err := k.addPod(ctx, k.nodes[0], "first"); err != nil {
 			return nil, closed, err
 		}
-		if err := k.ready(ctx); err != nil {
+		if err := errors.Join(k.deletePods(), k.ready(ctx)); err != nil {
 			return nil, closed, err
 		}
 		all = append(all, &contestant{chain: k.nodes[0].chain, name: c.Name})

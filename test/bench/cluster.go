@@ -49,6 +49,13 @@ type cluster struct {
 	servers   map[string]*peer // by the pod's name
 	clients   map[string]*peer // by the namespace
 	daemons   []*daemon
+	attached  []attachment
+}
+
+// attachment is a pod that ADD has been asked for.
+type attachment struct {
+	node *clusterNode
+	pod  *libcni.RuntimeConf
 }
 
 // clusterNode is a machine of a cluster.
@@ -188,11 +195,12 @@ func (k *cluster) addPod(ctx context.Context, n *clusterNode, name string) (plac
 		return p, err
 	}
 	k.fabric.hosts = append(k.fabric.hosts, p)
-	attachment := &libcni.RuntimeConf{
+	conf := &libcni.RuntimeConf{
 		ContainerID: n.name + "-" + name, NetNS: p.path, IfName: "eth0",
 		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "default"}, {"K8S_POD_NAME", name}},
 	}
-	raw, err := n.add(ctx, k.contender, attachment)
+	k.attached = append(k.attached, attachment{n, conf})
+	raw, err := n.add(ctx, k.contender, conf)
 	if err != nil {
 		return p, fmt.Errorf("ADD of %s on %s: %w", name, n.name, err)
 	}
@@ -210,14 +218,14 @@ func (k *cluster) addPod(ctx context.Context, n *clusterNode, name string) (plac
 }
 
 // add runs ADD on the node; where the plugin needs daemons that have just been started, until it succeeds, as a runtime would.
-func (n *clusterNode) add(ctx context.Context, c *contender, attachment *libcni.RuntimeConf) (result types.Result, err error) {
+func (n *clusterNode) add(ctx context.Context, c *contender, pod *libcni.RuntimeConf) (result types.Result, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.wait())
 	defer cancel()
 	for {
 		err := netns.Do(n.path, func() (err error) {
-			result, err = n.cni.AddNetworkList(ctx, n.conf, attachment)
+			result, err = n.cni.AddNetworkList(ctx, n.conf, pod)
 			if err != nil && c.DaemonsFirst {
-				_ = n.cni.DelNetworkList(ctx, n.conf, attachment) // what is wrong, ADD says
+				_ = n.cni.DelNetworkList(ctx, n.conf, pod) // what is wrong, ADD says
 			}
 			return err
 		})
@@ -229,6 +237,17 @@ func (n *clusterNode) add(ctx context.Context, c *contender, attachment *libcni.
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
+}
+
+// deletePods runs DEL of all pods; their namespaces stay.
+func (k *cluster) deletePods() (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second) // also when the run is interrupted
+	defer cancel()
+	for _, a := range k.attached {
+		err = errors.Join(err, netns.Do(a.node.path, func() error { return a.node.cni.DelNetworkList(ctx, a.node.conf, a.pod) }))
+	}
+	k.attached = nil
+	return err
 }
 
 // put gives the API server objects.
@@ -293,10 +312,13 @@ func (k *cluster) answers(ctx context.Context, c course) error {
 
 // close ends everything.
 func (k *cluster) close() error {
+	var errs []error
+	if k.contender.oneNode { // its state is not in the node's directory, but where the next one's will be
+		errs = append(errs, k.deletePods())
+	}
 	for _, d := range k.daemons {
 		d.stop()
 	}
-	var errs []error
 	if k.fixture != nil {
 		k.fixture.close()
 	}

@@ -245,10 +245,25 @@ func (r *report) write(top string) error {
 	if err != nil {
 		return fmt.Errorf("encode the results: %w", err)
 	}
+	if err := os.MkdirAll(filepath.Dir(data), 0o755); err != nil {
+		return err
+	}
 	return errors.Join(
-		os.MkdirAll(filepath.Dir(data), 0o755),
-		os.WriteFile(doc, []byte(replaced), 0o644),
-		os.WriteFile(data, append(out, '\n'), 0o644),
 		writePlots(filepath.Join(top, dataDir), r.results),
+		replaceFile(doc, []byte(replaced)),
+		replaceFile(data, append(out, '\n')),
 	)
+}
+
+// replaceFile writes a file at once: whoever reads it, and whatever happens, it is the old one or the new one.
+func replaceFile(path string, text []byte) error {
+	next := path + ".new"
+	err := os.WriteFile(next, text, 0o644)
+	if err == nil {
+		err = os.Rename(next, path)
+	}
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(next))
+	}
+	return nil
 }

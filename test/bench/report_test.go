@@ -78,8 +78,32 @@ func TestWrite(t *testing.T) {
 	for i := range plots {
 		plots[i] = filepath.Base(plots[i])
 	}
+	if left, _ := filepath.Glob(filepath.Join(top, "docs", "*.new")); len(left) > 0 {
+		t.Errorf("left over: %v", left)
+	}
 	if want := []string{"memory.svg", "pod-to-pod.svg"}; err != nil || !slices.Equal(plots, want) {
 		t.Errorf("plots %v, %v, want %v", plots, err, want)
+	}
+}
+
+// A file that cannot be replaced stays as it was.
+func TestReplaceFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	if err := replaceFile(path, []byte("one")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(path+".new", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := replaceFile(path, []byte("two")); err == nil {
+		t.Error("replaceFile beside a directory: no error")
+	}
+	if text, err := os.ReadFile(path); err != nil || string(text) != "one" {
+		t.Errorf("the file has %q, %v, want what it had", text, err)
+	}
+	if err := replaceFile(path, []byte("three")); err != nil {
+		t.Error(err)
 	}
 }
 

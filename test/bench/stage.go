@@ -35,7 +35,10 @@ func (b *bench) startClusters(ctx context.Context, section string, wanted ...cas
 	var wg sync.WaitGroup
 	for i, c := range wanted {
 		wg.Go(func() {
-			made[i], errs[i] = b.startCluster(ctx, fmt.Sprintf("%s-%s-%d", section, c.id, c.others), c.contender, c.others)
+			errs[i] = attempt(func() (err error) {
+				made[i], err = b.startCluster(ctx, fmt.Sprintf("%s-%s-%d", section, c.id, c.others), c.contender, c.others)
+				return err
+			})
 		})
 	}
 	wg.Wait()
