@@ -23,7 +23,7 @@ CNI ?= margay
 NODE ?= node1
 # Further flags for every go test, for example TESTFLAGS='-run TestAdd -v'.
 TESTFLAGS ?=
-# Flags of bench and bench-full, for example BENCHFLAGS='-strict -cni other=/etc/cni/net.d/10-other.conflist,/opt/cni/bin'.
+# Flags of bench and bench-full, for example BENCHFLAGS='-strict -cni DIRECTORY-OF-A-CNI'.
 BENCHFLAGS ?=
 # Kernels of test-vm.
 KERNELS ?= 6.1 6.12
@@ -154,11 +154,11 @@ generate-check: generate ## Require that the committed generated files are what 
 bench: ## Measure Margay beside others, compare with the committed results, write docs/benchmarks.md (needs root, about 5 minutes)
 	go run ./test/bench -write $(BENCHFLAGS)
 
-bench-full: ## The same with more rounds and what takes long (needs root, about 15 minutes)
+bench-full: ## The same with more rounds and what takes long (needs root, about 15 minutes; says on standard error how far it is)
 	go run ./test/bench -full -write $(BENCHFLAGS)
 
 bench-smoke: ## Run every benchmark once, briefly: shows that they work (needs root)
-	go run ./test/bench -smoke
+	go run ./test/bench -smoke -cni example=test/bench/contenders/ptp-kube-proxy
 	$(MAKE) bench-packages BENCHTIME=1x
 
 bench-packages: ## Run the Go benchmarks of the packages (BENCHTIME=1s for each)

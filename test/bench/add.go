@@ -52,20 +52,34 @@ type contestant struct {
 	add, del [2][]float64 // milliseconds: wall, CPU
 }
 
-// contestants returns Margay, the reference, and the other CNIs, each with a network and an IPAM state of its own.
-func (b *bench) contestants(network string, subnets []string) ([]*contestant, error) {
-	out := []*contestant{
+// contestants returns Margay, the reference, and the other CNIs, each with a network and an IPAM state of its own. The other CNIs are on
+// nodes of their own, with the daemons that they need; closed ends those.
+func (b *bench) contestants(ctx context.Context, network string, subnets []string) (all []*contestant, closed func() error, err error) {
+	clusters := map[casting]*cluster{}
+	closed = func() error { return closeClusters(clusters) }
+	all = []*contestant{
 		{chain: newChain(b.node.margay(network+"-margay", subnets...)), name: "Margay"},
 		{chain: newChain(b.node.ptp(network+"-ptp", subnets...)), name: ptpName},
 	}
-	for i := range b.cnis {
-		c, err := b.cnis[i].chain()
+	for _, c := range b.cnis {
+		k, err := b.newCluster(network+"-"+c.id, c, 1, len(subnets))
 		if err != nil {
-			return nil, err
+			return nil, closed, err
 		}
-		out = append(out, &contestant{chain: c, name: b.cnis[i].name})
+		clusters[casting{c, 0}] = k
+		if err := k.start(); err != nil {
+			return nil, closed, err
+		}
+		// A first pod that goes again, because that waits until the daemons can do it.
+		if _, err := k.addPod(ctx, k.nodes[0], "first"); err != nil {
+			return nil, closed, err
+		}
+		if err := errors.Join(k.deletePods(), k.ready(ctx)); err != nil {
+			return nil, closed, err
+		}
+		all = append(all, &contestant{chain: k.nodes[0].chain, name: c.Name})
 	}
-	return out, nil
+	return all, closed, nil
 }
 
 // cycle adds a pod and removes it again.
@@ -88,9 +102,10 @@ func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Mi
 
 // oneByOne measures ADD and DEL of all of them in turns, on a node without other pods. The namespaces exist before: their making is the
 // runtime's.
-func (b *bench) oneByOne(ctx context.Context, name string, subnets []string, rounds int) error {
+func (b *bench) oneByOne(ctx context.Context, name string, subnets []string, rounds int) (err error) {
 	network := "one-" + idOf(name)
-	all, err := b.contestants(network, subnets)
+	all, closed, err := b.contestants(ctx, network, subnets)
+	defer func() { err = errors.Join(err, closed()) }()
 	if err != nil {
 		return err
 	}
@@ -145,8 +160,9 @@ func (b *bench) commandResults(command, name string, ours, theirs [2][]float64, 
 }
 
 // inParallel adds so many pods at once, and removes them at once.
-func (b *bench) inParallel(ctx context.Context, subnets []string, pods int) error {
-	all, err := b.contestants("parallel", subnets)
+func (b *bench) inParallel(ctx context.Context, subnets []string, pods int) (err error) {
+	all, closed, err := b.contestants(ctx, "parallel", subnets)
+	defer func() { err = errors.Join(err, closed()) }()
 	if err != nil {
 		return err
 	}

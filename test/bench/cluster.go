@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -48,6 +49,13 @@ type cluster struct {
 	servers   map[string]*peer // by the pod's name
 	clients   map[string]*peer // by the namespace
 	daemons   []*daemon
+	attached  []attachment
+}
+
+// attachment is a pod that ADD has been asked for.
+type attachment struct {
+	node *clusterNode
+	pod  *libcni.RuntimeConf
 }
 
 // clusterNode is a machine of a cluster.
@@ -55,29 +63,42 @@ type clusterNode struct {
 	place
 	name   string
 	number int
+	ranges []string // of its pods
 	dir    string
 	api    *apitest.Server
+	filled *placeholders
+	chain  *chain // of its conflist, for what measures the plugins
 	cni    *libcni.CNIConfig
 	conf   *libcni.NetworkConfigList
 }
 
 func (n *clusterNode) bpffs() string { return filepath.Join(n.dir, "bpf") }
-func (n *clusterNode) run() string   { return filepath.Join(n.dir, "run") }
 
-func (n *clusterNode) podRanges() []string {
-	return []string{fmt.Sprintf("10.244.%d.0/24", n.number), fmt.Sprintf("fd00:244:%d::/64", n.number)}
+// podRanges are the ranges of a node's pods, of one family or both.
+func podRanges(node, families int) []string {
+	return []string{fmt.Sprintf("10.244.%d.0/24", node), fmt.Sprintf("fd00:244:%d::/64", node)}[:families]
 }
 
-func (n *clusterNode) writeJSON(path string, v any) error {
-	text, err := json.Marshal(v)
+// placeholders are what the contender's templates know of a node.
+func (n *clusterNode) placeholders(built string) (*placeholders, error) {
+	ranges, err := json.Marshal(ranges(n.ranges))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return os.WriteFile(path, text, 0o644)
+	p := &placeholders{
+		Node: n.name, Number: n.number, Address4: n.addr(false).String(), Address6: n.addr(true).String(), NIC: "eth0", MTU: fabricMTU,
+		PodCIDR4: n.ranges[0], Ranges: string(ranges), ClusterCIDR4: clusterPods4, ClusterCIDR6: clusterPods6,
+		ServiceCIDR4: serviceCIDR4, ServiceCIDR6: serviceCIDR6, APIServer: n.api.Addr(), Kubeconfig: n.api.Kubeconfig(), Dir: n.dir, Built: built,
+	}
+	if len(n.ranges) > 1 {
+		p.PodCIDR6 = n.ranges[1]
+	}
+	return p, nil
 }
 
-// newCluster makes a cluster without pods; its daemons are started later, so that they find everything there. The name is its own.
-func (b *bench) newCluster(name string, c *contender) (_ *cluster, err error) {
+// newCluster makes a cluster without pods, whose nodes have pod ranges of so many families. Its daemons are started later. The name is its
+// own.
+func (b *bench) newCluster(name string, c *contender, nodes, families int) (_ *cluster, err error) {
 	k := &cluster{
 		bench: b, contender: c, dir: filepath.Join(b.node.dir, name),
 		pods: map[string]place{}, servers: map[string]*peer{}, clients: map[string]*peer{},
@@ -98,26 +119,26 @@ func (b *bench) newCluster(name string, c *contender) (_ *cluster, err error) {
 	if k.client, err = k.fabric.attach("outside", 100); err != nil {
 		return nil, err
 	}
-	for number := 1; number <= 2; number++ {
-		n, err := k.addNode(number)
+	for number := 1; number <= nodes; number++ {
+		n, err := k.addNode(number, podRanges(number, families))
 		if err != nil {
 			return nil, err
 		}
 		k.nodes = append(k.nodes, n)
 	}
 	k.api.Put(clusterObjects(k.nodes)...)
-	if c.conflist == nil {
+	if !c.network() {
 		k.pods["remote"] = k.nodes[1].place
 	}
 	if c.overlay {
 		k.pods["remote"], err = k.overlay()
 	}
-	if !c.routes {
+	if !c.Routes {
 		return k, err
 	}
 	for _, from := range k.nodes {
 		for _, to := range k.nodes {
-			for i, prefix := range to.podRanges() {
+			for i, prefix := range to.ranges {
 				if from != to {
 					err = errors.Join(err, route(from.path, prefix, to.addrs[i]))
 				}
@@ -127,8 +148,8 @@ func (b *bench) newCluster(name string, c *contender) (_ *cluster, err error) {
 	return k, err
 }
 
-func (k *cluster) addNode(number int) (*clusterNode, error) {
-	n := &clusterNode{name: fmt.Sprintf("node%d", number), number: number}
+func (k *cluster) addNode(number int, ranges []string) (*clusterNode, error) {
+	n := &clusterNode{name: fmt.Sprintf("node%d", number), number: number, ranges: ranges}
 	n.dir = filepath.Join(k.dir, n.name)
 	if err := os.Mkdir(n.dir, 0o755); err != nil {
 		return nil, err
@@ -137,21 +158,32 @@ func (k *cluster) addNode(number int) (*clusterNode, error) {
 	if n.place, err = k.fabric.attach(n.name, uint32(10+number)); err != nil {
 		return nil, err
 	}
-	if k.contender.conflist == nil {
+	if !k.contender.network() {
 		return n, nil
 	}
 	err = netns.Do(n.path, func() error { n.api = k.api.Another(); return nil })
 	if err != nil {
 		return nil, err
 	}
-	text, err := k.contender.conflist(n)
+	if n.filled, err = n.placeholders(k.bench.node.bin); err != nil {
+		return nil, err
+	}
+	bin, err := k.contender.bin(n.filled)
 	if err != nil {
 		return nil, err
 	}
+	text, err := k.contender.install(n.filled)
+	if err != nil {
+		return nil, err
+	}
+	if n.chain, err = parseChain(text, bin); err != nil {
+		return nil, err
+	}
+	n.chain.in = n.path
 	if n.conf, err = libcni.NetworkConfFromBytes(text); err != nil {
 		return nil, err
 	}
-	n.cni = libcni.NewCNIConfigWithCacheDir([]string{k.contender.plugins}, filepath.Join(n.dir, "cni"), nil)
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{bin}, filepath.Join(n.dir, "cni"), nil)
 	return n, nil
 }
 
@@ -163,28 +195,59 @@ func (k *cluster) addPod(ctx context.Context, n *clusterNode, name string) (plac
 		return p, err
 	}
 	k.fabric.hosts = append(k.fabric.hosts, p)
-	attachment := &libcni.RuntimeConf{
+	conf := &libcni.RuntimeConf{
 		ContainerID: n.name + "-" + name, NetNS: p.path, IfName: "eth0",
 		Args: [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "default"}, {"K8S_POD_NAME", name}},
 	}
-	err = netns.Do(n.path, func() error {
-		raw, err := n.cni.AddNetworkList(ctx, n.conf, attachment)
-		if err != nil {
-			return fmt.Errorf("ADD of %s on %s: %w", name, n.name, err)
-		}
-		result, err := types100.NewResultFromResult(raw)
-		if err != nil {
-			return err
-		}
-		for _, ip := range result.IPs {
-			a, _ := netip.AddrFromSlice(ip.Address.IP)
-			p.addrs = append(p.addrs, a.Unmap())
-		}
-		return nil
-	})
+	k.attached = append(k.attached, attachment{n, conf})
+	raw, err := n.add(ctx, k.contender, conf)
+	if err != nil {
+		return p, fmt.Errorf("ADD of %s on %s: %w", name, n.name, err)
+	}
+	result, err := types100.NewResultFromResult(raw)
+	if err != nil {
+		return p, err
+	}
+	for _, ip := range result.IPs {
+		a, _ := netip.AddrFromSlice(ip.Address.IP)
+		p.addrs = append(p.addrs, a.Unmap())
+	}
 	slices.SortFunc(p.addrs, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
 	k.pods[name] = p
-	return p, err
+	return p, nil
+}
+
+// add runs ADD on the node; where the plugin needs daemons that have just been started, until it succeeds, as a runtime would.
+func (n *clusterNode) add(ctx context.Context, c *contender, pod *libcni.RuntimeConf) (result types.Result, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.wait())
+	defer cancel()
+	for {
+		err := netns.Do(n.path, func() (err error) {
+			result, err = n.cni.AddNetworkList(ctx, n.conf, pod)
+			if err != nil && c.DaemonsFirst {
+				_ = n.cni.DelNetworkList(ctx, n.conf, pod) // what is wrong, ADD says
+			}
+			return err
+		})
+		if err == nil || !c.DaemonsFirst || ctx.Err() != nil {
+			return result, err
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// deletePods runs DEL of all pods; their namespaces stay.
+func (k *cluster) deletePods() (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second) // also when the run is interrupted
+	defer cancel()
+	for _, a := range k.attached {
+		err = errors.Join(err, netns.Do(a.node.path, func() error { return a.node.cni.DelNetworkList(ctx, a.node.conf, a.pod) }))
+	}
+	k.attached = nil
+	return err
 }
 
 // put gives the API server objects.
@@ -192,11 +255,8 @@ func (k *cluster) put(objects ...runtime.Object) { k.api.Put(objects...) }
 
 // start runs the contender's daemons on every node.
 func (k *cluster) start() error {
-	if k.contender.daemons == nil {
-		return nil
-	}
 	for _, n := range k.nodes {
-		programs, err := k.contender.daemons(n)
+		programs, err := k.contender.programs(n.filled)
 		if err != nil {
 			return err
 		}
@@ -213,7 +273,7 @@ func (k *cluster) start() error {
 
 // ready waits until a client gets an answer on every course, and the daemons have come to rest.
 func (k *cluster) ready(ctx context.Context, courses ...course) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, k.contender.wait())
 	defer cancel()
 	for _, c := range courses {
 		if err := k.answers(ctx, c); err != nil {
@@ -244,7 +304,7 @@ func (k *cluster) answers(ctx context.Context, c course) error {
 			for _, d := range k.daemons {
 				err = errors.Join(err, errors.New(d.lastWords()))
 			}
-			return fmt.Errorf("%s, %s: %w", k.contender.name, c.name, err)
+			return fmt.Errorf("%s, %s: %w", k.contender.Name, c.name, err)
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -252,10 +312,13 @@ func (k *cluster) answers(ctx context.Context, c course) error {
 
 // close ends everything.
 func (k *cluster) close() error {
+	var errs []error
+	if k.contender.oneNode { // its state is not in the node's directory, but where the next one's will be
+		errs = append(errs, k.deletePods())
+	}
 	for _, d := range k.daemons {
 		d.stop()
 	}
-	var errs []error
 	if k.fixture != nil {
 		k.fixture.close()
 	}

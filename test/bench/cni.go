@@ -13,45 +13,115 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"github.com/margay-cni/margay/pkg/netns"
 )
 
-// cni is another CNI to compare with, as a node would have it: flag -cni.
-type cni struct {
-	name     string
-	conflist []byte
-	bin      string // directory of the plugins that the conflist names
-}
-
-// cnis is the value of a flag that may be repeated.
-type cnis []cni
+// cnis are the other CNIs to compare with: the value of flag -cni, which may be repeated.
+type cnis []*contender
 
 func (c *cnis) String() string {
 	var names []string
 	for _, one := range *c {
-		names = append(names, one.name)
+		names = append(names, one.Name)
 	}
 	return strings.Join(names, ", ")
 }
 
-// Set reads NAME=CONFLIST,BINDIR.
+// Set reads [NAME=]DIR[,BINDIR], or NAME=CONFLIST,BINDIR.
 func (c *cnis) Set(text string) error {
 	name, rest, named := strings.Cut(text, "=")
-	conflist, bin, both := strings.Cut(rest, ",")
-	if !named || !both || name == "" || conflist == "" || bin == "" {
-		return fmt.Errorf("want NAME=CONFLIST,BINDIR, have %q", text)
+	if !named {
+		name, rest = "", text
 	}
-	content, err := os.ReadFile(conflist)
+	path, bin, _ := strings.Cut(rest, ",")
+	one, err := readCNI(path, bin)
 	if err != nil {
 		return err
 	}
-	if bin, err = filepath.Abs(bin); err != nil {
-		return err
+	if named {
+		one.Name = name
 	}
-	one := cni{name: name, conflist: content, bin: bin}
-	if _, err := one.chain(); err != nil {
-		return fmt.Errorf("%s: %w", conflist, err)
+	if one.id = "cni-" + fileName(one.Name); one.Name == "" || slices.ContainsFunc(*c, func(other *contender) bool { return other.id == one.id }) {
+		return fmt.Errorf("want names that differ, have %q", one.Name)
+	}
+	if err := one.check(); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
 	}
 	*c = append(*c, one)
+	return nil
+}
+
+// readCNI reads a directory with contender.yaml, or a conflist alone. Paths are made absolute: the daemons may run elsewhere.
+func readCNI(path, bin string) (one *contender, err error) {
+	if bin != "" {
+		if bin, err = filepath.Abs(bin); err != nil {
+			return nil, err
+		}
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		if bin == "" {
+			return nil, errors.New("a conflist alone wants NAME=CONFLIST,BINDIR")
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		return &contender{Bin: bin, Conflist: path, templates: map[string]string{path: string(text)}, oneNode: true}, nil
+	}
+	if one, err = readContender(os.DirFS(path)); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if bin != "" {
+		one.Bin = bin
+	}
+	if one.Bin == "" || filepath.IsAbs(one.Bin) || strings.HasPrefix(one.Bin, "{{") {
+		return one, nil
+	}
+	one.Bin, err = filepath.Abs(filepath.Join(path, one.Bin))
+	return one, err
+}
+
+// check finds what a run would only find after minutes: templates that cannot be filled, and programs that are not there. It must not
+// happen that a program which bench has built takes the place of one that is missing: the comparison would be with itself.
+func (c *contender) check() error {
+	p := &placeholders{Node: "node1", Number: 1, Ranges: "[]", Built: "{built}"}
+	text, err := c.conflist(p)
+	if err != nil {
+		return err
+	}
+	bin, err := c.bin(p)
+	if err != nil {
+		return err
+	}
+	ch, err := parseChain(text, bin)
+	if err != nil {
+		return err
+	}
+	for _, name := range c.Files {
+		if _, err := p.fill(c.templates[name]); err != nil {
+			return err
+		}
+	}
+	programs, err := c.programs(p)
+	if err != nil {
+		return err
+	}
+	for _, plugin := range ch.plugins {
+		programs = append(programs, []string{plugin.path})
+	}
+	for _, argv := range programs {
+		if strings.HasPrefix(argv[0], p.Built) {
+			continue // is built later
+		}
+		if _, err := os.Stat(argv[0]); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -59,6 +129,7 @@ func (c *cnis) Set(text string) error {
 // Any number of goroutines may use it, each for containers of its own.
 type chain struct {
 	plugins []*plugin
+	in      string   // the node's network namespace; empty: the caller's
 	results sync.Map // container ID → []byte
 }
 
@@ -66,14 +137,14 @@ func newChain(plugins ...*plugin) *chain {
 	return &chain{plugins: plugins}
 }
 
-// chain returns the plugins of the conflist.
-func (c *cni) chain() (*chain, error) {
+// parseChain returns the plugins of a conflist.
+func parseChain(conflist []byte, bin string) (*chain, error) {
 	var list struct {
 		Version string           `json:"cniVersion"`
 		Name    string           `json:"name"`
 		Plugins []map[string]any `json:"plugins"`
 	}
-	decoder := json.NewDecoder(bytes.NewReader(c.conflist))
+	decoder := json.NewDecoder(bytes.NewReader(conflist))
 	decoder.UseNumber() // numbers are handed on as they stand
 	if err := decoder.Decode(&list); err != nil {
 		return nil, fmt.Errorf("decode the conflist: %w", err)
@@ -92,7 +163,7 @@ func (c *cni) chain() (*chain, error) {
 		if err != nil {
 			return nil, err
 		}
-		ch.plugins = append(ch.plugins, &plugin{path: filepath.Join(c.bin, binary), conf: text})
+		ch.plugins = append(ch.plugins, &plugin{path: filepath.Join(bin, binary), conf: text})
 	}
 	return ch, nil
 }
@@ -113,7 +184,17 @@ func (c *chain) run(ctx context.Context, command, id, ns string) (total cost, ou
 		if err != nil {
 			return total, nil, err
 		}
-		took, printed, err := p.run(ctx, command, id, ns)
+		var took cost
+		var printed []byte
+		run := func() (err error) {
+			took, printed, err = p.run(ctx, command, id, ns)
+			return err
+		}
+		if c.in == "" {
+			err = run()
+		} else {
+			err = netns.Do(c.in, run)
+		}
 		total.wall += took.wall
 		total.cpu += took.cpu
 		if err != nil {

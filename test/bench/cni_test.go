@@ -35,10 +35,14 @@ func TestChain(t *testing.T) {
 	if err := flag.Set("other=" + conflist + "," + bin); err != nil {
 		t.Fatal(err)
 	}
-	if len(flag) != 1 || flag[0].name != "other" || flag.String() != "other" {
+	if len(flag) != 1 || flag[0].Name != "other" || flag.String() != "other" || !flag[0].oneNode {
 		t.Fatalf("cnis = %+v", flag)
 	}
-	c, err := flag[0].chain()
+	text, err := flag[0].conflist(&placeholders{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := parseChain(text, flag[0].Bin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +53,7 @@ func TestChain(t *testing.T) {
 	if _, _, err := c.run(context.Background(), "DEL", "pod", "/none"); err != nil {
 		t.Fatal(err)
 	}
-	text, err := os.ReadFile(log)
+	asked, err := os.ReadFile(log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,8 +62,8 @@ second ADD pod {"cniVersion":"1.0.0","name":"net","prevResult":{"ips":[]},"type"
 second DEL pod {"cniVersion":"1.0.0","name":"net","prevResult":{"ips":[],"dns":{}},"type":"second"}
 first DEL pod {"cniVersion":"1.0.0","mtu":1500,"name":"net","prevResult":{"ips":[],"dns":{}},"type":"first"}
 `
-	if string(text) != want {
-		t.Errorf("the plugins were asked\n%swant\n%s", text, want)
+	if string(asked) != want {
+		t.Errorf("the plugins were asked\n%swant\n%s", asked, want)
 	}
 }
 

@@ -3,93 +3,197 @@
 package main
 
 import (
-	"encoding/json"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"text/template"
+	"time"
+
+	"sigs.k8s.io/yaml"
 )
 
-// contender is a way to give the nodes of a cluster a network: a CNI and what serves the services.
+// contender is a way to give the nodes of a cluster a network: a CNI and what serves the services. contender.yaml in a directory of its own
+// describes one, Margay's and the reference's as well as those of -cni. What is said to be a template may name placeholders.
 type contender struct {
-	id, name string
-	plugins  string // directory of the CNI plugins
-	// conflist is a node's list of plugins.
-	conflist func(*clusterNode) ([]byte, error)
-	// daemons are the programs that run on a node, with their arguments; none is no service at all.
-	daemons func(*clusterNode) ([][]string, error)
-	// routes gives every node routes to the pods of the others.
-	routes bool
-	// overlay has the nodes' own traffic go by a VXLAN device of the kernel.
-	overlay bool
+	Name string `json:"name"` // as the reports have it
+	// Bin is the directory of its plugins and daemons, from contender.yaml on; empty: that of what bench builds. A template.
+	Bin string `json:"bin"`
+	// Conflist is the file of a node's list of plugins, beside contender.yaml. A template.
+	Conflist string `json:"conflist"`
+	// Files are further ones beside it, which each node has in its directory. Templates.
+	Files []string `json:"files"`
+	// Daemons are the programs that run on every node, with their arguments. Those without a slash are in Bin. Templates.
+	Daemons [][]string `json:"daemons"`
+	// DaemonsFirst has the daemons started before the pods, and ADD repeated until it succeeds: the plugin needs them.
+	DaemonsFirst bool `json:"daemonsFirst"`
+	// Routes gives every node static routes to the pods of the others.
+	Routes bool `json:"routes"`
+	// Services is how many services it is asked to serve at most; 0: none, not even one.
+	Services int `json:"services"`
+	// Patience is how many seconds a cluster may take until its pods and services answer and its daemons have come to rest; 0: 90.
+	Patience int `json:"patience"`
+
+	id        string            // a file name, and part of results' ids where it is Margay
+	templates map[string]string // the conflist and the files
+	oneNode   bool              // the conflist is one node's as it is: not for sections with several
+	firstOnly bool              // the daemons run on the first node alone
+	overlay   bool              // the nodes' own traffic goes by a VXLAN device of the kernel
 }
 
-// onFirst is the contender with its daemons on the first node alone, for what needs no more.
-func (c contender) onFirst() *contender {
-	all := c.daemons
-	c.daemons = func(on *clusterNode) ([][]string, error) {
-		if on.number > 1 {
-			return nil, nil
-		}
-		return all(on)
+// placeholders are what the templates of a contender can name.
+type placeholders struct {
+	Node                       string // its name
+	Number                     int    // 1, 2
+	Address4, Address6         string // the node's own, on NIC
+	NIC                        string
+	MTU                        int    // of NIC, bytes
+	PodCIDR4, PodCIDR6         string // the node's; the second is empty where only IPv4 is measured
+	Ranges                     string // both, as the key ranges of host-local and margay-ipam has them: JSON
+	ClusterCIDR4, ClusterCIDR6 string // of all pods
+	ServiceCIDR4, ServiceCIDR6 string
+	APIServer, Kubeconfig      string // HOST:PORT, and the path of a file
+	Dir                        string // the node's own directory, for everything that is to be gone afterwards
+	Built                      string // the directory of what bench builds
+}
+
+//go:embed contenders
+var ownContenders embed.FS
+
+// ownContender returns one of those that are always compared.
+func ownContender(name string) (*contender, error) {
+	dir, err := fs.Sub(ownContenders, "contenders/"+name)
+	if err != nil {
+		return nil, err
 	}
-	return &c
+	return readContender(dir)
+}
+
+// readContender reads contender.yaml and the files that it names.
+func readContender(dir fs.FS) (*contender, error) {
+	text, err := fs.ReadFile(dir, "contender.yaml")
+	if err != nil {
+		return nil, err
+	}
+	c := &contender{templates: map[string]string{}}
+	if err := yaml.UnmarshalStrict(text, c); err != nil {
+		return nil, fmt.Errorf("contender.yaml: %w", err)
+	}
+	if c.Name == "" || c.Conflist == "" {
+		return nil, errors.New("contender.yaml: name and conflist are required")
+	}
+	for _, name := range append(slices.Clone(c.Files), c.Conflist) {
+		text, err := fs.ReadFile(dir, name)
+		if err != nil {
+			return nil, err
+		}
+		c.templates[name] = string(text)
+	}
+	return c, nil
+}
+
+// with is the contender under another name, with further arguments for its first daemon.
+func (c *contender) with(id, name string, arguments ...string) *contender {
+	out := *c
+	out.id, out.Name, out.Daemons = id, name, slices.Clone(c.Daemons)
+	out.Daemons[0] = append(slices.Clone(c.Daemons[0]), arguments...)
+	return &out
+}
+
+// onFirst is the contender with its daemons on the first node alone, if the other's pods are reached without them.
+func (c *contender) onFirst() *contender {
+	out := *c
+	out.firstOnly = c.Routes
+	return &out
+}
+
+// network says whether there is a CNI, and not the nodes alone.
+func (c *contender) network() bool { return c.Conflist != "" }
+
+// wait is how long a cluster may take until everything answers.
+func (c *contender) wait() time.Duration {
+	if c.Patience != 0 {
+		return time.Duration(c.Patience) * time.Second
+	}
+	return patience
 }
 
 // Nodes without anything, for traffic between the nodes themselves: by the fabric, and by the kernel's own VXLAN over it, which no CNI that
 // encapsulates can do without.
 var (
-	bare      = &contender{id: "bare", name: "host ↔ host"}
-	bareVXLAN = &contender{id: "bare-vxlan", name: "host ↔ host, VXLAN", overlay: true}
+	bare      = &contender{id: "bare", Name: "host ↔ host"}
+	bareVXLAN = &contender{id: "bare-vxlan", Name: "host ↔ host, VXLAN", overlay: true}
 )
 
-// margayCluster is Margay with flags for its agent.
-func (n *node) margayCluster(id, name string, flags ...string) *contender {
-	return &contender{
-		id: id, name: name, plugins: n.bin,
-		conflist: func(on *clusterNode) ([]byte, error) {
-			return list(map[string]any{
-				"type": "margay", "bpffs": on.bpffs(), "runDir": on.run(), "logLevel": "error",
-				"ipam": map[string]any{"type": "margay-ipam", "ranges": ranges(on.podRanges())},
-			})
-		},
-		daemons: func(on *clusterNode) ([][]string, error) {
-			argv := []string{filepath.Join(n.bin, "margay-agent"), "--node", on.name, "--kubeconfig", on.api.Kubeconfig(), "--state-dir", "",
-				"--bpffs", on.bpffs(), "--run", on.run(), "--log-level", "warn"}
-			return [][]string{append(argv, flags...)}, nil
-		},
+// fill returns a template's text for a node.
+func (p *placeholders) fill(text string) (string, error) {
+	t, err := template.New("").Parse(text)
+	if err != nil {
+		return "", err
 	}
+	var b strings.Builder
+	if err := t.Execute(&b, p); err != nil {
+		return "", err
+	}
+	return b.String(), nil
 }
 
-// referenceCluster is ptp, host-local and portmap with static routes between the nodes, and kube-proxy.
-func (n *node) referenceCluster(mode string) *contender {
-	return &contender{
-		id: mode, name: "ptp + kube-proxy " + mode, plugins: n.bin, routes: true,
-		conflist: func(on *clusterNode) ([]byte, error) {
-			return list(
-				map[string]any{"type": "ptp", "ipMasq": false, "ipam": map[string]any{
-					"type": "host-local", "dataDir": filepath.Join(on.dir, "host-local"), "ranges": ranges(on.podRanges()),
-					"routes": []any{map[string]any{"dst": "0.0.0.0/0"}, map[string]any{"dst": "::/0"}},
-				}},
-				map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}},
-			)
-		},
-		daemons: func(on *clusterNode) ([][]string, error) {
-			config := filepath.Join(on.dir, "kube-proxy.json")
-			return [][]string{{filepath.Join(n.bin, "kube-proxy"), "--config", config}}, on.writeJSON(config, proxyConfig(on, mode))
-		},
+// bin is where the plugins and daemons are.
+func (c *contender) bin(p *placeholders) (string, error) {
+	if c.Bin == "" {
+		return p.Built, nil
 	}
+	return p.fill(c.Bin)
 }
 
-// proxyConfig is kube-proxy's own default but for the mode, the pods' ranges, and the size of the connection table, which is the whole
-// machine's.
-func proxyConfig(on *clusterNode, mode string) map[string]any {
-	return map[string]any{
-		"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": mode,
-		"clientConnection": map[string]any{"kubeconfig": on.api.Kubeconfig()}, "hostnameOverride": on.name,
-		"detectLocalMode": "ClusterCIDR", "clusterCIDR": clusterPods4 + "," + clusterPods6, "oomScoreAdj": 0,
-		"conntrack": map[string]any{"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+// install writes a node's files and returns its conflist.
+func (c *contender) install(p *placeholders) ([]byte, error) {
+	for _, name := range c.Files {
+		text, err := p.fill(c.templates[name])
+		if err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(filepath.Join(p.Dir, filepath.Base(name)), []byte(text), 0o644); err != nil {
+			return nil, err
+		}
 	}
+	return c.conflist(p)
 }
 
-// list is a configuration list of plugins.
-func list(plugins ...map[string]any) ([]byte, error) {
-	return json.Marshal(map[string]any{"cniVersion": cniVersion, "name": "cluster", "plugins": plugins})
+func (c *contender) conflist(p *placeholders) ([]byte, error) {
+	text, err := p.fill(c.templates[c.Conflist])
+	return []byte(text), err
+}
+
+// programs returns a node's daemons with their arguments.
+func (c *contender) programs(p *placeholders) (programs [][]string, err error) {
+	if len(c.Daemons) == 0 || c.firstOnly && p.Number > 1 {
+		return nil, nil
+	}
+	bin, err := c.bin(p)
+	if err != nil {
+		return nil, err
+	}
+	for _, templates := range c.Daemons {
+		var argv []string
+		for _, text := range templates {
+			arg, err := p.fill(text)
+			if err != nil {
+				return nil, err
+			}
+			argv = append(argv, arg)
+		}
+		if len(argv) == 0 {
+			return nil, errors.New("a daemon without a program")
+		}
+		if !strings.Contains(argv[0], "/") {
+			argv[0] = filepath.Join(bin, argv[0])
+		}
+		programs = append(programs, argv)
+	}
+	return programs, nil
 }

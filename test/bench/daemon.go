@@ -36,7 +36,8 @@ func startDaemon(on *clusterNode, log string, argv []string) (*daemon, error) {
 	d := &daemon{on: on, cmd: exec.Command(argv[0], argv[1:]...), log: log, exited: make(chan struct{})}
 	d.cmd.Stdout, d.cmd.Stderr = out, out
 	// The kernel sends the signal when the thread ends that started the program: so that thread waits for it.
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	// A process group of its own, so that its children end with it, and an interrupt from the keyboard leaves that to whoever interrupts.
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL, Setpgid: true}
 	started := make(chan error, 1)
 	go func() {
 		err := netns.Do(on.path, func() error {
@@ -58,9 +59,9 @@ func startDaemon(on *clusterNode, log string, argv []string) (*daemon, error) {
 	return d, nil
 }
 
-// stop ends the daemon; one that has ended before is no error.
+// stop ends the daemon and its children; one that has ended before is no error.
 func (d *daemon) stop() {
-	_ = d.cmd.Process.Kill()
+	_ = unix.Kill(-d.cmd.Process.Pid, unix.SIGKILL)
 	<-d.exited
 }
 

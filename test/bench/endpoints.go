@@ -45,14 +45,22 @@ type mover struct {
 func benchEndpoints(ctx context.Context, b *bench) (err error) {
 	// The other node's agent is not what is measured, and must not share the processors with the one that is: it is left out where pods are
 	// reached without it, and frozen before the first change.
-	margay, proxy := b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"), b.node.referenceCluster("nftables").onFirst()
+	margay, theirs := b.margay.with("margay", "Margay", "--routing-mode", "direct"), []*contender{b.proxy("nftables").onFirst()}
+	for _, other := range b.servingOthers() {
+		theirs = append(theirs, other.onFirst())
+	}
 	sizes := endpointSizes
 	if !b.full {
 		sizes = sizes[:2]
 	}
 	var wanted []casting
 	for _, size := range sizes {
-		wanted = append(wanted, casting{margay, size - 1}, casting{proxy, size - 1})
+		wanted = append(wanted, casting{margay, size - 1})
+		for _, other := range theirs {
+			if size <= other.Services {
+				wanted = append(wanted, casting{other, size - 1})
+			}
+		}
 	}
 	clusters, err := b.startClusters(ctx, "endpoints", wanted...)
 	defer func() { err = errors.Join(err, closeClusters(clusters)) }()
@@ -80,17 +88,30 @@ func benchEndpoints(ctx context.Context, b *bench) (err error) {
 		}
 	}
 	for _, size := range sizes {
-		ours, theirs := movers[casting{margay, size - 1}], movers[casting{proxy, size - 1}]
-		add := func(id, name, unit string, ours, theirs []float64) {
-			b.report.add(&measurement{
-				ID: fmt.Sprintf("endpoint.%s.%d", id, size), Section: endpointsSection, Name: fmt.Sprintf("%s, %s", name, count(size)),
-				Unit: unit, Reference: proxy.name, Target: 1, ours: ours, theirs: theirs,
-			})
+		for i, other := range theirs {
+			if m := movers[casting{other, size - 1}]; m != nil {
+				b.compareMovers(size, movers[casting{margay, size - 1}], m, i > 0)
+			}
 		}
-		add("change", "change → traffic", "ms", ours.took, theirs.took)
-		add("memory", "agent's memory", "MiB", ours.memory, theirs.memory)
 	}
 	return nil
+}
+
+// compareMovers reports a cluster of Margay's beside another one with as many services.
+func (b *bench) compareMovers(size int, ours, theirs *mover, further bool) {
+	add := func(id, name, unit string, our, their []float64) {
+		m := &measurement{
+			ID: fmt.Sprintf("endpoint.%s.%d", id, size), Section: endpointsSection, Name: fmt.Sprintf("%s, %s", name, count(size)),
+			Unit: unit, Reference: theirs.contender.Name, Target: 1,
+		}
+		if further {
+			m = m.beside(theirs.contender.Name)
+		}
+		m.ours, m.theirs = our, their
+		b.report.add(m)
+	}
+	add("change", "change → traffic", "ms", ours.took, theirs.took)
+	add("memory", "agent's memory", "MiB", ours.memory, theirs.memory)
 }
 
 // count names a number of services.
@@ -196,7 +217,7 @@ func (m *mover) awaitName(ctx context.Context) (arrived time.Time, err error) {
 			}
 			time.Sleep(100 * time.Microsecond)
 		}
-		return fmt.Errorf("%s: the new endpoint does not answer: %w", m.contender.name, ctx.Err())
+		return fmt.Errorf("%s: the new endpoint does not answer: %w", m.contender.Name, ctx.Err())
 	})
 	return arrived, err
 }

@@ -21,6 +21,8 @@ import (
 const (
 	fabric4 = "172.16.1.0/24"
 	fabric6 = "2001:db8:1::/64"
+
+	fabricMTU = 1500 // bytes
 )
 
 // fabric is a bridge in a namespace of its own, the switch, with a veth pair to each host.

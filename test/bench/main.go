@@ -17,8 +17,10 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"os/signal"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -77,7 +79,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.BoolVar(&o.write, "write", false, "write docs/benchmarks/latest.json, the plots beside it and the tables of docs/benchmarks.md")
 	flags.BoolVar(&o.strict, "strict", false, "fail if a target is missed or a figure is worse than the committed one")
 	flags.StringVar(&o.only, "only", "", "`regexp` of the sections to run ("+sectionNames()+")")
-	flags.Var(&o.cnis, "cni", "`NAME=CONFLIST,BINDIR`: compare with this CNI as well; may be repeated")
+	flags.Var(&o.cnis, "cni", "`[NAME=]DIR[,BINDIR]`: compare with the CNI that DIR/contender.yaml describes as well, with the programs in BINDIR;\n"+
+		"NAME=CONFLIST,BINDIR: with the CNI of a conflist, on one node only; may be repeated")
 	flags.StringVar(&o.inside, "inside", "", "used by bench itself")
 	err := flags.Parse(args)
 	switch {
@@ -105,9 +108,18 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitCode(errors.New("root is needed: namespaces, devices and BPF programs are made"), stderr)
 	}
 	if o.inside == "" {
-		return exitCode(enter(ctx, o, args, stdout, stderr), stderr)
+		err := enter(ctx, o, args, stdout, stderr)
+		if ended, ok := errors.AsType[*exec.ExitError](err); ok && ended.Exited() {
+			return ended.ExitCode() // it has said why
+		}
+		return exitCode(err, stderr)
 	}
-	return exitCode(measure(ctx, o, stdout, slog.New(slog.NewTextHandler(stderr, nil))), stderr)
+	parent := os.Getppid()
+	err = measure(ctx, o, stdout, stderr)
+	if os.Getppid() != parent { // killed: it can clean up nothing
+		err = errors.Join(err, unix.Unmount(stateDir(o.inside), unix.MNT_DETACH), os.RemoveAll(o.inside))
+	}
+	return exitCode(err, stderr)
 }
 
 func exitCode(err error, stderr io.Writer) int {
@@ -124,23 +136,37 @@ type section struct {
 	run  func(context.Context, *bench) error
 	// proxied has kube-proxy among what Margay is compared with.
 	proxied bool
+	// What it takes on the machine that the committed results are from, in the short form and in the long one.
+	short, long time.Duration
 }
 
 var sections = []section{
-	{"packet", benchPackets, false},
-	{"add", benchAdd, false},
-	{"traffic", benchTraffic, false},
-	{"big-tcp", benchBigTCP, false},
-	{"nodes", benchNodes, true},
-	{"services", benchServices, true},
-	{"nodeports", benchNodePorts, true},
-	{"endpoints", benchEndpoints, true},
-	{"agent-start", benchAgentStart, false},
-	{"agent-change", benchAgentChange, false},
-	{"agent-memory", benchAgentMemory, false},
-	{"agent-policy", benchPolicyChange, false},
-	{"rules", benchRules, false},
-	{"sweep", benchSweep, false},
+	{"packet", benchPackets, false, 10 * time.Second, 20 * time.Second},
+	{"add", benchAdd, false, 35 * time.Second, 45 * time.Second},
+	{"traffic", benchTraffic, false, 30 * time.Second, 105 * time.Second},
+	{"big-tcp", benchBigTCP, false, 12 * time.Second, 30 * time.Second},
+	{"nodes", benchNodes, true, 25 * time.Second, 75 * time.Second},
+	{"services", benchServices, true, 45 * time.Second, 180 * time.Second},
+	{"nodeports", benchNodePorts, true, 25 * time.Second, 70 * time.Second},
+	{"endpoints", benchEndpoints, true, 28 * time.Second, 45 * time.Second},
+	{"agent-start", benchAgentStart, false, 15 * time.Second, 20 * time.Second},
+	{"agent-change", benchAgentChange, false, 12 * time.Second, 30 * time.Second},
+	{"agent-memory", benchAgentMemory, false, 12 * time.Second, 75 * time.Second},
+	{"agent-policy", benchPolicyChange, false, 8 * time.Second, 20 * time.Second},
+	{"rules", benchRules, false, 20 * time.Second, 40 * time.Second},
+	{"sweep", benchSweep, false, 30 * time.Second, 60 * time.Second},
+}
+
+// expected is what a section takes in the form that is run.
+func (o *options) expected(s section) time.Duration {
+	switch {
+	case o.smoke:
+		return 5 * time.Second
+	case o.full:
+		return s.long
+	default:
+		return s.short
+	}
 }
 
 func sectionNames() string {
@@ -154,9 +180,26 @@ func sectionNames() string {
 // bench is what the sections share.
 type bench struct {
 	options
-	node   *node
-	report *report
-	log    *slog.Logger
+	node     *node
+	report   *report
+	progress *progress
+
+	margay, reference *contender // as they are described, see with
+}
+
+// proxy is the reference with kube-proxy in a mode.
+func (b *bench) proxy(mode string) *contender {
+	return b.reference.with(mode, "ptp + kube-proxy "+mode, "--proxy-mode", mode)
+}
+
+// others are the CNIs of -cni that can be compared on several nodes.
+func (b *bench) others() []*contender {
+	return slices.DeleteFunc(slices.Clone([]*contender(b.cnis)), func(c *contender) bool { return c.oneNode })
+}
+
+// servingOthers are those of them that serve services.
+func (b *bench) servingOthers() []*contender {
+	return slices.DeleteFunc(b.others(), func(c *contender) bool { return c.Services == 0 })
 }
 
 // rounds returns how often something is measured, or smoke times where nothing is.
@@ -175,7 +218,7 @@ func (b *bench) choose(full, short, smoke int) int {
 	return b.rounds(short, smoke)
 }
 
-func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger) (err error) {
+func measure(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	only, err := regexp.Compile(o.only)
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
@@ -186,24 +229,23 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 			return err
 		}
 	}
-	n, err := newNode(ctx, o.inside)
-	if err != nil {
+	b := &bench{options: o, report: newReport(o)}
+	if b.margay, err = ownContender("margay"); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, n.close()) }()
-	b := &bench{options: o, node: n, report: newReport(o), log: log}
-	if proxied(o.only) {
+	if b.reference, err = ownContender("ptp-kube-proxy"); err != nil {
+		return err
+	}
+	if b.node, err = newNode(ctx, o.inside); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.node.close()) }()
+	if o.proxied() {
 		b.report.version("kube-proxy " + clusterbuild.KubernetesVersion)
 	}
-	for _, s := range sections {
-		if !only.MatchString(s.name) {
-			continue
-		}
-		start := time.Now()
-		if err := s.run(ctx, b); err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
-		}
-		log.Info("measured", slog.String("section", s.name), slog.Duration("took", time.Since(start).Round(time.Millisecond)))
+	failed, err := b.runSections(ctx, slices.DeleteFunc(slices.Clone(sections), func(s section) bool { return !only.MatchString(s.name) }), stderr)
+	if err != nil {
+		return err
 	}
 	if err := b.report.finish(before); err != nil {
 		return err
@@ -211,7 +253,10 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 	if err := b.report.print(stdout); err != nil {
 		return fmt.Errorf("print the report: %w", err)
 	}
-	warn(log, b.report.regressions)
+	warn(slog.New(slog.NewTextHandler(stderr, nil)), b.report.regressions)
+	if len(failed) > 0 {
+		return fmt.Errorf("nothing is written, and the report lacks what has failed: %s", strings.Join(failed, ", "))
+	}
 	if o.write {
 		if err := b.report.write("."); err != nil {
 			return err
@@ -223,8 +268,49 @@ func measure(ctx context.Context, o options, stdout io.Writer, log *slog.Logger)
 	return nil
 }
 
-// proxied says whether one of the sections that are run has kube-proxy in it.
-func proxied(only string) bool {
-	pattern, err := regexp.Compile(only)
-	return err == nil && slices.ContainsFunc(sections, func(s section) bool { return s.proxied && pattern.MatchString(s.name) })
+// runSections runs one section after the other and returns the names of those that have failed, of which the report has nothing. Only an
+// interruption is an error.
+func (b *bench) runSections(ctx context.Context, chosen []section, stderr io.Writer) (failed []string, err error) {
+	all := time.Duration(0)
+	for _, s := range chosen {
+		all += b.expected(s)
+	}
+	b.progress = newProgress(stderr, all)
+	for i, s := range chosen {
+		end := b.progress.section(i+1, len(chosen), s.name, b.expected(s))
+		before := *b.report
+		err := attempt(func() error { return s.run(ctx, b) })
+		for _, m := range b.report.measurements[len(before.measurements):] {
+			if err == nil {
+				_, err = m.result() // of a figure that is none: not at the end of the run
+			}
+		}
+		if ctx.Err() != nil {
+			err = ctx.Err() // whatever else has come of it
+		}
+		end(err)
+		if ctx.Err() != nil {
+			return nil, errors.New("interrupted: nothing is written")
+		}
+		if err != nil {
+			failed, *b.report = append(failed, s.name), before
+		}
+	}
+	return failed, nil
+}
+
+// attempt makes an error of a panic, which is how fixture fails.
+func attempt(f func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
+		}
+	}()
+	return f()
+}
+
+// proxied says whether kube-proxy is needed: by a section that is run or, perhaps, by another CNI.
+func (o *options) proxied() bool {
+	pattern, err := regexp.Compile(o.only)
+	return err == nil && (len(o.cnis) > 0 || slices.ContainsFunc(sections, func(s section) bool { return s.proxied && pattern.MatchString(s.name) }))
 }

@@ -65,6 +65,12 @@ type result struct {
 	ReferenceRange *[2]float64 `json:"reference_range,omitempty"`
 	// Quartiles of what the regression check compares: of the rounds' ratios or, where the figure is portable, of Margay's figures.
 	Quartiles [2]float64 `json:"quartiles"`
+
+	// Interval is where the median of more such rounds would be, with a confidence of 95 %: of what the target is for or, without one, of the
+	// ratio. Null: too few rounds to say.
+	Interval *[2]float64 `json:"interval"`
+	// WithinNoise says that the target lies in it: more rounds may turn OK into its opposite.
+	WithinNoise bool `json:"within_noise,omitempty"`
 }
 
 const (
@@ -101,6 +107,13 @@ func (m *measurement) result() (result, error) {
 			return r, fmt.Errorf("%s: a round is no number: %v, %v", m.ID, m.ours, m.theirs)
 		}
 	}
+	of := ratios
+	if m.Absolute || r.Ratio == nil {
+		of = m.ours
+	}
+	if i, ok := medianInterval(of); ok {
+		r.Interval = &[2]float64{rounded(i[0]), rounded(i[1])}
+	}
 	return r, r.judge(m)
 }
 
@@ -118,8 +131,14 @@ func (r *result) judge(m *measurement) error {
 	if got == nil {
 		return fmt.Errorf("%s: a target for the ratio, and no ratio", m.ID)
 	}
-	r.OK = (m.Higher && *got >= target) || (!m.Higher && *got <= target)
+	r.OK = r.within(*got)
+	r.WithinNoise = r.Interval != nil && r.within(r.Interval[0]) != r.within(r.Interval[1])
 	return nil
+}
+
+// within says whether a figure reaches the target.
+func (r *result) within(v float64) bool {
+	return (r.Higher && v >= *r.Target) || (!r.Higher && v <= *r.Target)
 }
 
 // ratios returns Margay's figure by the reference's, round by round: what disturbs the machine for longer than a round disturbs both, and
@@ -194,26 +213,60 @@ func (r *result) ratio() string {
 	return short
 }
 
+// verdict says whether the target is reached and, where that could be chance, so.
 func (r *result) verdict() string {
-	switch {
-	case r.Target == nil:
+	if r.Target == nil {
 		return ""
-	case r.OK:
-		return "yes"
+	}
+	word := "no"
+	if r.OK {
+		word = "yes"
+	}
+	return word + r.doubt()
+}
+
+// doubt qualifies a verdict; empty: none is due.
+func (r *result) doubt() string {
+	switch {
+	case r.WithinNoise:
+		return ", within noise"
+	case r.Interval == nil && r.Rounds == 1:
+		return ", 1 round"
+	case r.Interval == nil:
+		return fmt.Sprintf(", %d rounds", r.Rounds)
 	default:
-		return "no"
+		return ""
 	}
 }
 
-var columns = []string{"", "unit", "margay", "range", "reference", "range", "", "ratio", "target", "ok"}
+// interval returns the interval in words, with the unit where it is not the ratio's. Three digits: a target is often nearer than the second.
+func (r *result) interval() string {
+	switch {
+	case r.Interval == nil:
+		return ""
+	case r.TargetOf == ofValue || r.Ratio == nil:
+		return span(*r.Interval) + " " + r.Unit
+	default:
+		return fmt.Sprintf("%.3f–%.3f", r.Interval[0], r.Interval[1])
+	}
+}
+
+var columns = []string{"", "unit", "margay", "range", "reference", "range", "", "ratio", "interval", "target", "ok"}
 
 func (r *result) row() []string {
-	value, values, ratio := "", "", ""
+	values := func(v float64, rounds [2]float64) (string, string) {
+		if r.Rounds == 1 {
+			return number(v), ""
+		}
+		return number(v), span(rounds)
+	}
+	ours, ourRange := values(r.Margay, r.Range)
+	theirs, theirRange, ratio := "", "", ""
 	if r.Value != nil {
-		value, values = number(*r.Value), span(*r.ReferenceRange)
+		theirs, theirRange = values(*r.Value, *r.ReferenceRange)
 	}
 	if r.Ratio != nil {
 		ratio = r.ratio()
 	}
-	return []string{r.Name, r.Unit, number(r.Margay), span(r.Range), value, values, r.Reference, ratio, r.target(), r.verdict()}
+	return []string{r.Name, r.Unit, ours, ourRange, theirs, theirRange, r.Reference, ratio, r.interval(), r.target(), r.verdict()}
 }

@@ -65,6 +65,44 @@ func TestTargets(t *testing.T) {
 	}
 }
 
+// A verdict that more rounds could turn says so, whichever it is.
+func TestNoise(t *testing.T) {
+	around := func(center float64) (rounds []float64) { // its interval is 0.02 to both sides, and not what the extremes are
+		for i := range 12 {
+			rounds = append(rounds, center+float64(i-6)/150)
+		}
+		rounds[0], rounds[11] = center/2, center*2
+		return rounds
+	}
+	ones := []float64{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}
+	tests := []struct {
+		name              string
+		m                 measurement
+		margay, reference []float64
+		verdict           string
+	}{
+		{"far above", measurement{Higher: true, Target: 0.95}, around(1), ones, "yes"},
+		{"just above", measurement{Higher: true, Target: 0.95}, around(0.96), ones, "yes, within noise"},
+		{"just below", measurement{Higher: true, Target: 0.95}, around(0.94), ones, "no, within noise"},
+		{"far below", measurement{Higher: true, Target: 0.95}, around(0.9), ones, "no"},
+		{"lower is better, far below", measurement{Target: 1.05}, around(1), ones, "yes"},
+		{"lower is better, just above", measurement{Target: 1.05}, around(1.06), ones, "no, within noise"},
+		{"own figure", measurement{Target: 1.05, Absolute: true}, around(1.06), nil, "no, within noise"},
+		{"own figure beside a reference that varies", measurement{Target: 1.05, Absolute: true}, ones, around(1), "yes"},
+		{"five rounds", measurement{Target: 1.05}, ones[:5], ones[:5], "yes, 5 rounds"},
+		{"one round", measurement{Target: 1.05}, ones[:1], ones[:1], "yes, 1 round"},
+		{"six rounds", measurement{Target: 1.05}, ones[:6], ones[:6], "yes"},
+		{"no target", measurement{}, around(1), ones, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if r := mustResult(t, measured(tt.m, tt.margay, tt.reference)); r.verdict() != tt.verdict {
+				t.Errorf("verdict %q, want %q; ratio %s, interval %s, target %s", r.verdict(), tt.verdict, r.interval(), r.interval(), r.target())
+			}
+		})
+	}
+}
+
 func TestResultsWithoutMeaning(t *testing.T) {
 	tests := map[string]*measurement{
 		"no rounds":                      measured(measurement{}, nil, nil),

@@ -26,16 +26,44 @@ type node struct {
 	dp  *datapath.Datapath
 }
 
+// stateDir is where the programs keep everything, below the directory of the binaries.
+func stateDir(bin string) string { return filepath.Join(bin, "state") }
+
+type mount struct{ path, filesystem string }
+
+// sharedState is where the programs of a CNI keep what they were not told to keep elsewhere: the run has it to itself.
+var sharedState = []mount{{"/run", "tmpfs"}, {"/var/lib/cni", "tmpfs"}, {"/sys/fs/bpf", "bpf"}}
+
+// makeMountPoints makes the directories of sharedState that are not there, and returns what takes them away again.
+func makeMountPoints() (remove func(), err error) {
+	var made []string
+	remove = func() {
+		for _, path := range made {
+			_ = os.Remove(path) // somebody else's by now, if there is something in it
+		}
+	}
+	for _, place := range sharedState {
+		if err := os.Mkdir(place.path, 0o755); err == nil {
+			made = append(made, place.path)
+		} else if !os.IsExist(err) {
+			return remove, err
+		}
+	}
+	return remove, nil
+}
+
 func newNode(ctx context.Context, bin string) (*node, error) {
-	n := &node{bin: bin, dir: filepath.Join(bin, "state")}
+	n := &node{bin: bin, dir: stateDir(bin)}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return nil, fmt.Errorf("make mounts private: %w", err)
 	}
 	if err := os.Mkdir(n.dir, 0o755); err != nil {
 		return nil, err
 	}
-	if err := unix.Mount("tmpfs", n.dir, "tmpfs", 0, ""); err != nil {
-		return nil, fmt.Errorf("mount tmpfs: %w", err)
+	for _, place := range append([]mount{{n.dir, "tmpfs"}}, sharedState...) {
+		if err := unix.Mount(place.filesystem, place.path, place.filesystem, 0, ""); err != nil {
+			return nil, fmt.Errorf("mount %s on %s: %w", place.filesystem, place.path, err)
+		}
 	}
 	if err := loopbackUp(); err != nil {
 		return nil, err

@@ -15,10 +15,11 @@ var everyFigure = map[string]float64{modeRequests: 1, modeConnects: 1}
 // benchNodePorts measures an external client that asks a NodePort on the first node, with the backend there or on the other one, beside
 // kube-proxy's. Where the backend is on the node that was asked, the ways back do not differ.
 func benchNodePorts(ctx context.Context, b *bench) (err error) {
-	tunnel := b.node.margayCluster("tunnel", "Margay, tunnel", "--routing-mode", "direct")
-	dsr := b.node.margayCluster("dsr", "Margay, DSR", "--routing-mode", "direct", "--service-return", "dsr")
-	nftables, iptables := b.node.referenceCluster("nftables"), b.node.referenceCluster("iptables")
-	order := []*contender{tunnel, nftables, dsr, iptables}
+	tunnel := b.margay.with("tunnel", "Margay, tunnel", "--routing-mode", "direct")
+	dsr := b.margay.with("dsr", "Margay, DSR", "--routing-mode", "direct", "--service-return", "dsr")
+	nftables, iptables := b.proxy("nftables"), b.proxy("iptables")
+	others := b.servingOthers()
+	order := append([]*contender{tunnel, nftables, dsr, iptables}, others...)
 	clusters, err := b.startClusters(ctx, "nodeports", cast(order...)...)
 	defer func() { err = errors.Join(err, closeClusters(clusters)) }()
 	if err != nil {
@@ -41,11 +42,15 @@ func benchNodePorts(ctx context.Context, b *bench) (err error) {
 			for _, ours := range []*contender{tunnel, dsr} {
 				c := comparison{
 					section: nodePortsSection, id: "nodeport." + ours.id + "." + w.id + "." + idOf(f.name),
-					name: ours.name + ", backend on the " + w.name + ", " + f.name, targets: everyFigure, tails: true, strict: true,
+					name: ours.Name + ", backend on the " + w.name + ", " + f.name, targets: everyFigure, tails: true, strict: true,
 				}
 				b.compare(c, got[ours], got[nftables])
 				c.further = true
 				b.compare(c, got[ours], got[iptables])
+				c.targets = nil // those are for what is always compared
+				for _, other := range others {
+					b.compare(c, got[ours], got[other])
+				}
 			}
 		}
 	}

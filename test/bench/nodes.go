@@ -17,10 +17,10 @@ var (
 
 // benchNodes measures the traffic of pods on two nodes beside that of the nodes themselves.
 func benchNodes(ctx context.Context, b *bench) (err error) {
-	reference := b.node.referenceCluster("nftables")
-	direct := b.node.margayCluster("direct", "Margay, direct", "--routing-mode", "direct")
-	overlay := b.node.margayCluster("vxlan", "Margay, VXLAN", "--routing-mode", "vxlan")
-	order := []*contender{bare, direct, reference, overlay, bareVXLAN}
+	direct := b.margay.with("direct", "Margay, direct", "--routing-mode", "direct")
+	overlay := b.margay.with("vxlan", "Margay, VXLAN", "--routing-mode", "vxlan")
+	others := append([]*contender{b.proxy("nftables")}, b.others()...)
+	order := append([]*contender{bare, direct, others[0], overlay, bareVXLAN}, others[1:]...)
 	clusters, err := b.startClusters(ctx, "nodes", cast(order...)...)
 	defer func() { err = errors.Join(err, closeClusters(clusters)) }()
 	if err != nil {
@@ -39,15 +39,19 @@ func benchNodes(ctx context.Context, b *bench) (err error) {
 		if err := b.race(ctx, b.choose(40, 12, 1), kinds[:3], all); err != nil {
 			return err
 		}
-		c := comparison{section: nodesSection, id: "nodes.direct." + idOf(f.name), name: direct.name + ", " + f.name, tails: true, targets: directTargets}
+		c := comparison{section: nodesSection, id: "nodes.direct." + idOf(f.name), name: direct.Name + ", " + f.name, tails: true, targets: directTargets}
 		b.compare(c, got[direct], got[bare])
 		c.targets, c.further = nil, true
-		b.compare(c, got[direct], got[reference])
-		c = comparison{section: nodesSection, id: "nodes.vxlan." + idOf(f.name), name: overlay.name + ", " + f.name, tails: true, targets: overlayTargets}
+		for _, other := range others {
+			b.compare(c, got[direct], got[other])
+		}
+		c = comparison{section: nodesSection, id: "nodes.vxlan." + idOf(f.name), name: overlay.Name + ", " + f.name, tails: true, targets: overlayTargets}
 		b.compare(c, got[overlay], got[bare])
 		c.targets, c.further = nil, true
 		b.compare(c, got[overlay], got[bareVXLAN])
-		b.compare(c, got[overlay], got[reference])
+		for _, other := range others {
+			b.compare(c, got[overlay], got[other])
+		}
 	}
 	return nil
 }

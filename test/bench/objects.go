@@ -112,7 +112,7 @@ func clusterObjects(nodes []*clusterNode) []runtime.Object {
 		},
 	}
 	for _, n := range nodes {
-		o := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.name}, Spec: corev1.NodeSpec{PodCIDR: n.podRanges()[0], PodCIDRs: n.podRanges()}}
+		o := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.name}, Spec: corev1.NodeSpec{PodCIDR: n.ranges[0], PodCIDRs: n.ranges}}
 		for _, a := range n.addrs {
 			o.Status.Addresses = append(o.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a.String()})
 		}

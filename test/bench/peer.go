@@ -83,7 +83,7 @@ func runPeer(args []string, stdin io.Reader, stdout io.Writer) error {
 	debug.SetGCPercent(-1)
 	runtime.GOMAXPROCS(4 * streams) // a thread in a system call that Go does not know of keeps its processor
 	if len(servers) > 0 {
-		return serveAll(servers, stdout)
+		return serveAll(servers, stdin, stdout)
 	}
 	return takeOrders(stdin, stdout)
 }

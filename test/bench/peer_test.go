@@ -143,7 +143,7 @@ func TestPairing(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		"rr.ipv4 TCP_RR, IPv4 0.9 true ≥ 0.97 no", "rr.ipv4.p50 TCP_RR, IPv4, p50 1.1 false ≤ 1.03 no",
+		"rr.ipv4 TCP_RR, IPv4 0.9 true ≥ 0.97 no, 1 round", "rr.ipv4.p50 TCP_RR, IPv4, p50 1.1 false ≤ 1.03 no, 1 round",
 		"rr.ipv4.p99 TCP_RR, IPv4, p99 3 false  ", "rr.ipv4.CPU TCP_RR, IPv4, CPU per 1000 transactions 2 false  ",
 	}
 	if len(r.results) != 2*len(want) {

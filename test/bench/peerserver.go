@@ -14,9 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// serveAll serves until the process is ended.
-func serveAll(servers []order, stdout io.Writer) error {
+// serveAll serves until the process is ended, or whoever started it.
+func serveAll(servers []order, stdin io.Reader, stdout io.Writer) error {
 	failed := make(chan error)
+	go func() {
+		_, err := io.Copy(io.Discard, stdin)
+		failed <- err
+	}()
 	for _, s := range servers {
 		fd, err := listen(s)
 		if err != nil {

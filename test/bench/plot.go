@@ -84,9 +84,12 @@ type plotMark struct {
 }
 
 // plotName returns the file name of a section's plot.
-func plotName(section string) string {
-	name := strings.FieldsFunc(strings.ToLower(section), func(r rune) bool { return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789", r) })
-	return strings.Join(name, "-") + ".svg"
+func plotName(section string) string { return fileName(section) + ".svg" }
+
+// fileName returns a name as one of a file: lower case, digits, and dashes for everything else.
+func fileName(name string) string {
+	words := strings.FieldsFunc(strings.ToLower(name), func(r rune) bool { return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789", r) })
+	return strings.Join(words, "-")
 }
 
 // newPlot lays out a section's results.
@@ -212,20 +215,22 @@ func (p *plot) write(w io.Writer) error { return plotTemplate.Execute(w, p) }
 
 // writePlots makes the directory's plots those of the results: one for every section, and no others.
 func writePlots(dir string, results []result) error {
-	old, err := filepath.Glob(filepath.Join(dir, "*.svg"))
-	if err != nil {
-		return err
-	}
+	written := map[string]bool{}
 	var errs []error
-	for _, path := range old {
-		errs = append(errs, os.Remove(path))
-	}
 	for _, group := range bySection(results) {
 		var b strings.Builder
 		if err := newPlot(group).write(&b); err != nil {
 			return fmt.Errorf("plot %s: %w", group[0].Section, err)
 		}
-		errs = append(errs, os.WriteFile(filepath.Join(dir, plotName(group[0].Section)), []byte(b.String()), 0o644))
+		path := filepath.Join(dir, plotName(group[0].Section))
+		written[path] = true
+		errs = append(errs, replaceFile(path, []byte(b.String())))
 	}
-	return errors.Join(errs...)
+	all, err := filepath.Glob(filepath.Join(dir, "*.svg"))
+	for _, path := range all {
+		if !written[path] {
+			errs = append(errs, os.Remove(path))
+		}
+	}
+	return errors.Join(append(errs, err)...)
 }

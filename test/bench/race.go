@@ -54,6 +54,7 @@ func (b *bench) race(ctx context.Context, rounds int, kinds []kind, runners []*r
 		return err
 	}
 	for i := range rounds {
+		b.progress.at("%s, round %d of %d", runners[0].name, i+1, rounds)
 		for _, k := range kinds {
 			for turn := range runners {
 				at := (i + turn) % len(runners)

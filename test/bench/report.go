@@ -96,13 +96,21 @@ func (r *report) missed() []result {
 }
 
 func (r *report) targets() string {
-	with := 0
+	with, near, nearMissed := 0, 0, 0
 	for _, res := range r.results {
-		if res.Target != nil {
-			with++
+		switch {
+		case res.Target == nil:
+			continue
+		case res.WithinNoise && res.OK:
+			near++
+		case res.WithinNoise:
+			nearMissed++
 		}
+		with++
 	}
-	return fmt.Sprintf("%d of %d figures with a target are within it.", with-len(r.missed()), with)
+	missed := len(r.missed())
+	return fmt.Sprintf("%d of %d figures with a target are within it, %d of them within noise; %d miss it, %d of them within noise.",
+		with-missed, with, near, missed, nearMissed)
 }
 
 // bySection returns the results grouped by section, in the order in which the sections came, and in them the same figure beside its
@@ -145,10 +153,12 @@ func (r *report) attention() (tables []table) {
 		tables = append(tables, regressionTable(r.regressions))
 	}
 	if missed := r.missed(); len(missed) > 0 {
-		t := table{title: "Missed targets", head: []string{"", "margay", "reference", "", "ratio", "target"}}
+		t := table{title: "Missed targets", head: []string{"", "margay", "reference", "", "ratio", "interval", "target", ""}}
 		for _, res := range missed {
 			row := res.row()
-			t.rows = append(t.rows, []string{res.Section + ": " + res.Name, row[2] + " " + res.Unit, row[4], row[6], row[7], row[8]})
+			t.rows = append(t.rows, []string{
+				res.Section + ": " + res.Name, row[2] + " " + res.Unit, row[4], row[6], row[7], row[8], row[9], strings.TrimPrefix(res.doubt(), ", "),
+			})
 		}
 		tables = append(tables, t)
 	}
@@ -245,10 +255,25 @@ func (r *report) write(top string) error {
 	if err != nil {
 		return fmt.Errorf("encode the results: %w", err)
 	}
+	if err := os.MkdirAll(filepath.Dir(data), 0o755); err != nil {
+		return err
+	}
 	return errors.Join(
-		os.MkdirAll(filepath.Dir(data), 0o755),
-		os.WriteFile(doc, []byte(replaced), 0o644),
-		os.WriteFile(data, append(out, '\n'), 0o644),
 		writePlots(filepath.Join(top, dataDir), r.results),
+		replaceFile(doc, []byte(replaced)),
+		replaceFile(data, append(out, '\n')),
 	)
+}
+
+// replaceFile writes a file at once: whoever reads it, and whatever happens, it is the old one or the new one.
+func replaceFile(path string, text []byte) error {
+	next := path + ".new"
+	err := os.WriteFile(next, text, 0o644)
+	if err == nil {
+		err = os.Rename(next, path)
+	}
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(next))
+	}
+	return nil
 }

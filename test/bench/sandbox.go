@@ -12,8 +12,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -30,27 +33,73 @@ var referencePlugins = []string{
 // versionFile says, beside the binaries, which version the reference plugins have.
 const versionFile = "reference-version"
 
+// grace is how long a run that is interrupted may take to end in good order.
+const grace = 10 * time.Second
+
 // enter builds the binaries and runs this command again in new network and mount namespaces. Whatever is made there, mounts, devices,
-// pinned maps, ends with the last process in them, however it ends.
+// pinned maps, ends with the last process in them, however it ends; and processes that it leaves are ended here.
 func enter(ctx context.Context, o options, args []string, stdout, stderr io.Writer) (err error) {
+	if err := endWithGoRun(); err != nil {
+		return err
+	}
 	dir, err := os.MkdirTemp("", "margay-bench-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	fmt.Fprintln(stderr, "bench: builds what it measures")
 	if err := build(ctx, dir); err != nil {
 		return err
 	}
-	if proxied(o.only) {
+	if o.proxied() {
 		if err := linkKubeProxy(ctx, dir, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
 			return err
 		}
 	}
+	remove, err := makeMountPoints()
+	defer remove()
+	if err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("become the parent of what loses its own: %w", err)
+	}
+	defer endChildren()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", append([]string{"-inside", dir}, args...)...)
 	cmd.Stdout, cmd.Stderr = stdout, stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS}
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	// The signal comes when the thread ends that starts the child.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: unix.SIGTERM}
+	cmd.Cancel, cmd.WaitDelay = func() error { return cmd.Process.Signal(os.Interrupt) }, grace
 	return cmd.Run()
+}
+
+// endWithGoRun has this process told to end when go run is, which does not tell it.
+func endWithGoRun() error {
+	parent, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", os.Getppid()))
+	if err != nil || strings.TrimSpace(string(parent)) != "go" {
+		return nil // somebody else's child may outlive its parent
+	}
+	return unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0)
+}
+
+// endChildren kills what runs below this process until nothing is left. Nobody else waits for children by then.
+func endChildren() {
+	for end := time.Now().Add(grace); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		lists, _ := filepath.Glob("/proc/self/task/*/children") // the pattern is right
+		for _, list := range lists {
+			text, _ := os.ReadFile(list) // a thread that has ended has none
+			for _, child := range strings.Fields(string(text)) {
+				if process, err := strconv.Atoi(child); err == nil {
+					_ = unix.Kill(process, unix.SIGKILL)
+				}
+			}
+		}
+		if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); errors.Is(err, unix.ECHILD) {
+			return
+		}
+	}
 }
 
 // build puts margay and the reference plugins into dir, all with the flags of a release.

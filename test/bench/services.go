@@ -17,7 +17,7 @@ var serviceTargets = map[string]float64{modeRequests: 0.99, modeConnects: 0.97}
 type serviceLab struct {
 	bench    *bench
 	margay   *contender
-	proxies  []*contender
+	proxies  []*contender // what else serves services
 	entries  []casting
 	clusters map[casting]*cluster
 }
@@ -25,8 +25,8 @@ type serviceLab struct {
 // benchServices measures services beside the pods behind them, with more and more other services, and beside kube-proxy's.
 func benchServices(ctx context.Context, b *bench) (err error) {
 	l := &serviceLab{
-		bench: b, margay: b.node.margayCluster("margay", "Margay", "--routing-mode", "direct"),
-		proxies: []*contender{b.node.referenceCluster("nftables"), b.node.referenceCluster("iptables")},
+		bench: b, margay: b.margay.with("margay", "Margay", "--routing-mode", "direct"),
+		proxies: append([]*contender{b.proxy("nftables"), b.proxy("iptables")}, b.servingOthers()...),
 	}
 	l.choose()
 	l.clusters, err = b.startClusters(ctx, "services", l.entries...)
@@ -55,6 +55,13 @@ func (l *serviceLab) choose() {
 	if l.bench.full {
 		l.entries = append(l.entries, casting{nftables, 1}, casting{iptables, 1}, casting{nftables, 10_000})
 	}
+	for _, other := range l.proxies[2:] {
+		for _, size := range []int{1, 1000, 10_000} {
+			if size == 1 || size <= other.Services && (size == 1000 || l.bench.full) {
+				l.entries = append(l.entries, casting{other, size})
+			}
+		}
+	}
 }
 
 // measure has all clusters take turns on one way.
@@ -72,7 +79,7 @@ func (l *serviceLab) measure(ctx context.Context, family string, v6 bool, w way)
 		if err != nil {
 			return err
 		}
-		r.name = e.name + ", " + count(e.others)
+		r.name = e.Name + ", " + count(e.others)
 		got[e], all = r, append(all, r)
 	}
 	if err := l.bench.race(ctx, l.bench.choose(30, 10, 1), clusterKinds, all); err != nil {

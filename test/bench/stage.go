@@ -35,7 +35,10 @@ func (b *bench) startClusters(ctx context.Context, section string, wanted ...cas
 	var wg sync.WaitGroup
 	for i, c := range wanted {
 		wg.Go(func() {
-			made[i], errs[i] = b.startCluster(ctx, fmt.Sprintf("%s-%s-%d", section, c.id, c.others), c.contender, c.others)
+			errs[i] = attempt(func() (err error) {
+				made[i], err = b.startCluster(ctx, fmt.Sprintf("%s-%s-%d", section, c.id, c.others), c.contender, c.others)
+				return err
+			})
 		})
 	}
 	wg.Wait()
@@ -60,7 +63,7 @@ func closeClusters(clusters map[casting]*cluster) error {
 // startCluster makes a cluster with a client and two servers in pods, "client" and "local" on the first node and "remote" on the other, the
 // two services, and so many more. Everything answers when it returns.
 func (b *bench) startCluster(ctx context.Context, name string, c *contender, services int) (_ *cluster, err error) {
-	k, err := b.newCluster(name, c)
+	k, err := b.newCluster(name, c, 2, len(families))
 	if err != nil {
 		return nil, err
 	}
@@ -69,46 +72,86 @@ func (b *bench) startCluster(ctx context.Context, name string, c *contender, ser
 			err = errors.Join(err, k.close())
 		}
 	}()
-	if c.conflist == nil {
-		if err := k.serve("remote", k.pods["remote"]); err != nil {
-			return nil, err
-		}
-		return k, nil
-	}
-	for _, p := range []struct {
-		node int
-		name string
-	}{{0, "client"}, {0, "local"}, {1, "remote"}} {
-		pod, err := k.addPod(ctx, k.nodes[p.node], p.name)
-		if err != nil {
-			return nil, err
-		}
-		if p.name != "client" {
-			if err := k.serve(p.name, pod); err != nil {
-				return nil, err
-			}
-		}
+	if !c.network() {
+		return k, k.serve("remote", k.pods["remote"])
 	}
 	if b.smoke {
 		services = min(services, 50)
 	}
 	k.put(otherServices(services)...)
+	if c.DaemonsFirst {
+		err = k.start()
+	}
+	if err := errors.Join(err, k.addServers(ctx, "local", "remote")); err != nil {
+		return nil, err
+	}
+	for name, pod := range k.pods {
+		if len(pod.addrs) != len(families) {
+			return nil, fmt.Errorf("%s: pod %s has the addresses %v: on several nodes both families are compared", c.Name, name, pod.addrs)
+		}
+	}
 	k.put(serviceLocal.objects(endpoint{k.pods["local"].addrs, "node1"})...)
 	k.put(serviceRemote.objects(endpoint{k.pods["remote"].addrs, "node2"})...)
-	if err := k.start(); err != nil {
-		return nil, err
+	if !c.DaemonsFirst { // so that they find everything there
+		if err := k.start(); err != nil {
+			return nil, err
+		}
 	}
 	var courses []course
 	for _, f := range families {
 		courses = append(courses, k.between(f.v6))
+		if c.Services == 0 {
+			continue
+		}
 		for _, s := range []clusterService{serviceLocal, serviceRemote} {
 			courses = append(courses, k.clusterIP(s, f.v6), k.nodePort(s, f.v6))
 		}
 	}
-	if err := k.ready(ctx, courses...); err != nil {
+	return k, k.ready(ctx, courses...)
+}
+
+// startNode makes a cluster of one node with a client and a server in pods, "client" and "local", and no service.
+func (b *bench) startNode(ctx context.Context, name string, c *contender) (_ *cluster, err error) {
+	k, err := b.newCluster(name, c, 1, len(families))
+	if err != nil {
 		return nil, err
 	}
-	return k, nil
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, k.close())
+		}
+	}()
+	if err := errors.Join(k.start(), k.addServers(ctx, "local")); err != nil {
+		return nil, err
+	}
+	var courses []course
+	for _, f := range families {
+		if k.pods["local"].addr(f.v6).IsValid() { // else it is a CNI of one family
+			courses = append(courses, k.within(f.v6))
+		}
+	}
+	return k, k.ready(ctx, courses...)
+}
+
+// addServers connects a client to the first node, and servers, of which "remote" is on the other.
+func (k *cluster) addServers(ctx context.Context, names ...string) error {
+	if _, err := k.addPod(ctx, k.nodes[0], "client"); err != nil {
+		return err
+	}
+	for _, name := range names {
+		n := k.nodes[0]
+		if name == "remote" {
+			n = k.nodes[1]
+		}
+		pod, err := k.addPod(ctx, n, name)
+		if err != nil {
+			return err
+		}
+		if err := k.serve(name, pod); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // serve starts a server in a place, until the cluster ends.
@@ -151,23 +194,23 @@ var serviceWays = []way{
 // between is the way between the nodes: from pod to pod, or of the nodes' own where there are no pods. It leaves the port to the kind of
 // traffic.
 func (k *cluster) between(v6 bool) course {
-	if k.contender.conflist == nil {
-		return course{k.contender.name, k.nodes[0].path, k.pods["remote"].addr(v6), 0}
+	if !k.contender.network() {
+		return course{k.contender.Name, k.nodes[0].path, k.pods["remote"].addr(v6), 0}
 	}
-	return course{k.contender.name, k.pods["client"].path, k.pods["remote"].addr(v6), 0}
+	return course{k.contender.Name, k.pods["client"].path, k.pods["remote"].addr(v6), 0}
 }
 
 // within is the way from pod to pod on the first node.
 func (k *cluster) within(v6 bool) course {
-	return course{k.contender.name, k.pods["client"].path, k.pods["local"].addr(v6), 0}
+	return course{k.contender.Name, k.pods["client"].path, k.pods["local"].addr(v6), 0}
 }
 
 // clusterIP is the way from the client pod to a service.
 func (k *cluster) clusterIP(s clusterService, v6 bool) course {
-	return course{k.contender.name, k.pods["client"].path, s.addr(v6), 80}
+	return course{k.contender.Name, k.pods["client"].path, s.addr(v6), 80}
 }
 
 // nodePort is the way from outside to a service, by the first node.
 func (k *cluster) nodePort(s clusterService, v6 bool) course {
-	return course{k.contender.name, k.client.path, k.nodes[0].addr(v6), uint16(s.nodePort)}
+	return course{k.contender.Name, k.client.path, k.nodes[0].addr(v6), uint16(s.nodePort)}
 }

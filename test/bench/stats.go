@@ -38,6 +38,24 @@ func middleMean(values []float64) float64 {
 	return sum / float64(len(s))
 }
 
+// medianInterval returns the two values between which the median lies of what the values are a sample of, with a confidence of at least 95 %,
+// whatever their distribution: so many from each end that fewer coins of as many show heads only once in forty times. Fewer than six values
+// say nothing.
+func medianInterval(values []float64) (interval [2]float64, ok bool) {
+	s := slices.Sorted(slices.Values(values))
+	n := len(s)
+	exactly := math.Pow(0.5, float64(n)) // the probability of so many heads
+	outside := 0                         // values at each end
+	for below := exactly; below <= 0.025; below += exactly {
+		outside++
+		exactly *= float64(n-outside+1) / float64(outside)
+	}
+	if outside == 0 {
+		return interval, false
+	}
+	return [2]float64{s[outside-1], s[n-outside]}, true
+}
+
 // idOf returns a name as a part of a measurement's id: "dual stack" → "dual-stack".
 func idOf(name string) string {
 	return strings.ReplaceAll(strings.ToLower(name), " ", "-")

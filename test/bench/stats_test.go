@@ -48,3 +48,18 @@ func TestPercentileOfHundred(t *testing.T) {
 		t.Errorf("percentile(1…100, 99) = %v, want 99", got)
 	}
 }
+
+func TestMedianInterval(t *testing.T) {
+	upTo := func(n int) (values []float64) {
+		for i := range n {
+			values = append(values, float64(n-i))
+		}
+		return values
+	}
+	// From tables of the sign test.
+	for n, want := range map[int][2]float64{0: {}, 5: {}, 6: {1, 6}, 8: {1, 8}, 9: {2, 8}, 10: {2, 9}, 12: {3, 10}, 25: {8, 18}, 40: {14, 27}, 200: {86, 115}} {
+		if got, ok := medianInterval(upTo(n)); got != want || ok != (n > 5) {
+			t.Errorf("medianInterval of %d values = %v, %v, want %v", n, got, ok, want)
+		}
+	}
+}

@@ -23,7 +23,7 @@ const listed = 24
 func (b *bench) syscallsOfAdd(ctx context.Context, subnets []string) error {
 	strace, err := exec.LookPath("strace")
 	if err != nil {
-		b.log.Warn("no table of system calls: strace is missing (make deps)")
+		b.report.note("No table of system calls: strace is missing (`make deps`).")
 		return nil
 	}
 	plugins := []*plugin{b.node.margay("calls-margay", subnets...), b.node.ptp("calls-ptp", subnets...)}

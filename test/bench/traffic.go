@@ -17,7 +17,7 @@ const trafficSection = "Pod to pod on one node"
 // benchTraffic measures real sockets: pod to pod, beside a bare veth pair and pods of others.
 func benchTraffic(ctx context.Context, b *bench) (err error) {
 	t := &trafficLab{bench: b}
-	defer t.stop()
+	defer func() { err = errors.Join(err, t.stop()) }()
 	if err := t.prepare(ctx); err != nil {
 		return err
 	}
@@ -34,6 +34,7 @@ type trafficLab struct {
 	bench        *bench
 	margay, bare ends
 	others       []ends // pods of other CNIs
+	clusters     map[casting]*cluster
 }
 
 // ends is two places that traffic goes between.
@@ -57,7 +58,7 @@ func (t *trafficLab) prepare(ctx context.Context) (err error) {
 	if t.margay.server, _, err = n.pod(ctx, "server"); err != nil {
 		return err
 	}
-	if t.others, err = t.bench.otherPods(ctx); err != nil {
+	if err := t.addOthers(ctx); err != nil {
 		return err
 	}
 	all := []*ends{&t.margay, &t.bare}
@@ -72,19 +73,22 @@ func (t *trafficLab) prepare(ctx context.Context) (err error) {
 	return nil
 }
 
-// start starts the processes at both ends.
+// start starts the processes at both ends, the server unless it runs.
 func (e *ends) start() (err error) {
-	if e.serverProcess, err = startServers(e.server); err != nil {
-		return err
+	if e.serverProcess == nil {
+		if e.serverProcess, err = startServers(e.server); err != nil {
+			return err
+		}
 	}
 	e.clientProcess, err = startPeer(e.client.path)
 	return err
 }
 
-func (t *trafficLab) stop() {
+func (t *trafficLab) stop() error {
 	for _, e := range append([]ends{t.margay, t.bare}, t.others...) {
 		e.stop()
 	}
+	return closeClusters(t.clusters)
 }
 
 func (e *ends) stop() {
@@ -124,47 +128,40 @@ func (t *trafficLab) family(ctx context.Context, i int) error {
 	return nil
 }
 
-// otherPods makes a client and a server pod of every other CNI. The node's own programs are at its own pods' devices only.
-func (b *bench) otherPods(ctx context.Context) ([]ends, error) {
-	var out []ends
-	add := func(name string, c *chain) error {
-		number := len(out)
-		e := ends{name: name}
-		for _, side := range []struct {
-			*place
-			name string
-		}{{&e.client, "client"}, {&e.server, "server"}} {
-			id := fmt.Sprintf("other%d-%s", number, side.name)
-			path, err := b.node.namespace(id)
-			if err != nil {
-				return err
-			}
-			_, printed, err := c.run(ctx, "ADD", id, path)
-			if err != nil {
-				return err
-			}
-			a, err := parseAdded(printed)
-			if err != nil {
-				return err
-			}
-			*side.place = place{path: path, addrs: a.addrs}
-		}
-		out = append(out, e)
-		return nil
-	}
-	if err := add(ptpName, newChain(b.node.ptp("traffic", "10.246.0.0/16", "fd00:246::/64"))); err != nil {
-		return nil, err
-	}
-	for i := range b.cnis {
-		c, err := b.cnis[i].chain()
+// addOthers makes a client and a server pod of ptp, where the node's own programs are at its own pods' devices only, and of every other CNI
+// on a node of its own.
+func (t *trafficLab) addOthers(ctx context.Context) error {
+	n := t.bench.node
+	ptp, e := newChain(n.ptp("traffic", "10.246.0.0/16", "fd00:246::/64")), ends{name: ptpName}
+	for _, side := range []struct {
+		*place
+		name string
+	}{{&e.client, "client"}, {&e.server, "server"}} {
+		id := "ptp-" + side.name
+		path, err := n.namespace(id)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if err := add(b.cnis[i].name, c); err != nil {
-			return nil, err
+		_, printed, err := ptp.run(ctx, "ADD", id, path)
+		if err != nil {
+			return err
 		}
+		a, err := parseAdded(printed)
+		if err != nil {
+			return err
+		}
+		*side.place = place{path: path, addrs: a.addrs}
 	}
-	return out, nil
+	t.others, t.clusters = []ends{e}, map[casting]*cluster{}
+	for _, c := range t.bench.cnis {
+		k, err := t.bench.startNode(ctx, "traffic-"+c.id, c)
+		if err != nil {
+			return err
+		}
+		t.clusters[casting{c, 0}] = k
+		t.others = append(t.others, ends{name: c.Name, client: k.pods["client"], server: k.pods["local"], serverProcess: k.servers["local"]})
+	}
+	return nil
 }
 
 // live notes what from_pod costs on real packets, by the kernel's own statistics.
