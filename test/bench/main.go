@@ -161,7 +161,7 @@ var sections = []section{
 func (o *options) expected(s section) time.Duration {
 	switch {
 	case o.smoke:
-		return 5 * time.Second
+		return 8 * time.Second
 	case o.full:
 		return s.long
 	default:
