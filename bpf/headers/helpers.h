@@ -39,3 +39,6 @@ static long (*const bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155
 static __u64 (*const bpf_ktime_get_coarse_ns)(void) = (void *)160;		      /* 5.11 */
 static long (*const bpf_check_mtu)(void *ctx, __u32 ifindex, __u32 *mtu_len, __s32 len_diff, __u64 flags) = (void *)163; /* 5.12 */
 static long (*const bpf_for_each_map_elem)(void *map, void *callback, void *ctx, __u64 flags) = (void *)164; /* 5.13 */
+
+/* Kernel functions that are no helpers: found by name in the kernel's BTF. */
+extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym; /* 6.2 */

@@ -4,7 +4,7 @@
 /*
  * The part of the kernel's user API that the programs use: fixed-width types, packet headers, program context, constants.
  * Written by hand instead of generated: these layouts are frozen by the kernel, the programs build without any system header,
- * and a reader sees all that Margay depends on.
+ * and a reader sees all that Margay depends on. struct sk_buff is the one exception.
  */
 
 typedef unsigned char __u8;
@@ -21,6 +21,7 @@ typedef __u32 __wsum;
 #define SEC(name) __attribute__((section(name), used))
 #define __always_inline inline __attribute__((always_inline))
 #define __noinline __attribute__((noinline))
+#define __ksym __attribute__((section(".ksyms"), weak)) /* a kernel function; NULL where the kernel does not have it */
 #define __uint(name, val) int(*name)[val]
 #define __type(name, val) typeof(val) *name
 #define offsetof(type, member) __builtin_offsetof(type, member)
@@ -110,6 +111,30 @@ struct __sk_buff {
 	__u8 tstamp_type;
 	__u8 pad[3];
 	__u64 hwtstamp;
+};
+
+/*
+ * The kernel's own packet, as far as it is read here. No layout is promised: the loader finds the field by the kernel's BTF, also where it
+ * is today.
+ */
+struct sk_buff {
+	__u8 ip_summed : 2; /* enum ip_summed */
+} __attribute__((preserve_access_index));
+
+/* How the transport checksum in a packet stands, linux/skbuff.h. */
+enum ip_summed {
+	CHECKSUM_NONE = 0,	  /* whole, nobody has looked */
+	CHECKSUM_UNNECESSARY = 1, /* whole, and right */
+	CHECKSUM_COMPLETE = 2,	  /* whole; beside it the NIC's sum of all bytes behind the Ethernet header */
+	CHECKSUM_PARTIAL = 3,	  /* so far of the pseudo header alone: a device, or who needs it, computes the rest */
+};
+
+/* What __builtin_preserve_field_info is asked for. */
+enum {
+	FIELD_BYTE_OFFSET = 0,
+	FIELD_EXISTS = 2,
+	FIELD_LSHIFT_U64 = 4, /* of the field's bytes as a 64-bit number: what lies above the field falls off */
+	FIELD_RSHIFT_U64 = 5, /* and then what lies below */
 };
 
 /* bpf_fib_lookup, linux/bpf.h. */

@@ -49,12 +49,38 @@ static __always_inline __u32 l4_csum_off(__u8 proto)
 	return 0;
 }
 
-static __always_inline int nat_l4_csum(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 addr_diff)
+#define CHECKSUM_UNKNOWN 4
+
+/* enum ip_summed, or CHECKSUM_UNKNOWN: struct __sk_buff does not have it, and before 6.2 or without BTF there is no way to the kernel's own. */
+static __always_inline __u32 checksum_kind(struct __sk_buff *skb)
+{
+	struct sk_buff *own = NULL;
+	__u64 bits;
+
+	if (!bpf_cast_to_kern_ctx || !__builtin_preserve_field_info(own->ip_summed, FIELD_EXISTS))
+		return CHECKSUM_UNKNOWN;
+	own = bpf_cast_to_kern_ctx(skb);
+	bits = *((__u8 *)own + __builtin_preserve_field_info(own->ip_summed, FIELD_BYTE_OFFSET));
+	bits <<= __builtin_preserve_field_info(own->ip_summed, FIELD_LSHIFT_U64);
+	return bits >> __builtin_preserve_field_info(own->ip_summed, FIELD_RSHIFT_U64);
+}
+
+/* What the new ports add to a checksum. An echo identifier stands once in the packet, and twice in the tuple. */
+static __always_inline __u32 csum_diff_ports(const struct flow_key *from, const struct flow_key *to)
+{
+	__u32 diff = csum_add(to->sport, (__u16)~from->sport);
+
+	if (from->proto == IPPROTO_TCP || from->proto == IPPROTO_UDP)
+		diff = csum_add(diff, csum_add(to->dport, (__u16)~from->dport));
+	return diff;
+}
+
+/* The kernel does it, in a call for what the pseudo header covers and one for the rest: 22 ns each, where all that is added is two sums. */
+static __always_inline int nat_l4_csum_by_kernel(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 addr_diff)
 {
 	__u32 off = p->l4_off + l4_csum_off(p->key.proto);
 	__u64 flags = p->key.proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 	__u64 pseudo = flags | BPF_F_PSEUDO_HDR;
-	__u32 port_diff;
 
 	if (p->key.proto != IPPROTO_ICMP && addr_diff) {
 		/* An older kernel refuses the flag and touches nothing: ask again without it. */
@@ -64,10 +90,32 @@ static __always_inline int nat_l4_csum(struct __sk_buff *skb, struct pkt *p, con
 	}
 	if (p->key.sport == to->sport && p->key.dport == to->dport)
 		return 0;
-	port_diff = csum_add(to->sport, (__u16)~p->key.sport);
-	if (p->key.proto == IPPROTO_TCP || p->key.proto == IPPROTO_UDP)
-		port_diff = csum_add(port_diff, csum_add(to->dport, (__u16)~p->key.dport));
-	return bpf_l4_csum_replace(skb, off, 0, port_diff, flags) ? -DROP_NAT : 0;
+	return bpf_l4_csum_replace(skb, off, 0, csum_diff_ports(&p->key, to), flags) ? -DROP_NAT : 0;
+}
+
+/* The transport checksum of TCP, UDP and ICMP, before the addresses and ports are changed. */
+static __always_inline int nat_l4_csum(struct __sk_buff *skb, struct pkt *p, const struct flow_key *to, __u32 addr_diff)
+{
+	__u32 kind = checksum_kind(skb), pseudo = p->key.proto == IPPROTO_ICMP ? 0 : addr_diff, sum;
+	__u16 *check;
+
+	if (kind == CHECKSUM_UNKNOWN)
+		return nat_l4_csum_by_kernel(skb, p, to, addr_diff);
+	check = pkt_at(skb, p->l4_off + l4_csum_off(p->key.proto), sizeof(*check));
+	if (!check)
+		return -DROP_TRUNCATED;
+	/* UDP without checksum. */
+	if (p->key.proto == IPPROTO_UDP && *check == 0)
+		return 0;
+	if (kind == CHECKSUM_PARTIAL)
+		sum = (__u16)~csum_fold(csum_add(*check, pseudo));
+	else
+		sum = csum_fold(csum_add((__u16)~*check, csum_add(pseudo, csum_diff_ports(&p->key, to))));
+	*check = p->key.proto == IPPROTO_UDP && sum == 0 ? 0xffff : sum;
+	/* In the NIC's sum this cancels out the ports and the addresses. The latter an IPv4 header's own checksum does once more. */
+	if (kind == CHECKSUM_COMPLETE && p->l3_proto == ETH_P_IP)
+		bpf_csum_update(skb, ~pseudo);
+	return 0;
 }
 
 /* SCTP's checksum covers the ports, but no address. */

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "ea4d284cbb0544e4cff4f6afaa5e9b68faf49def"
+const build = "06b9a00367cf911978a07a2e4976ff75faf49def"

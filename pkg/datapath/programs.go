@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/bpf/object"
@@ -40,8 +41,9 @@ func ensurePrograms(cfg Config, shared map[string]*ebpf.Map) error {
 	if err != nil {
 		return fmt.Errorf("read the programs: %w", err)
 	}
+	kernel := btf.NewCache()
 	for _, spec := range specs {
-		if err := pinPrograms(spec, shared, partial); err != nil {
+		if err := pinPrograms(spec, shared, kernel, partial); err != nil {
 			return err
 		}
 	}
@@ -53,6 +55,11 @@ func ensurePrograms(cfg Config, shared map[string]*ebpf.Map) error {
 
 // LoadPrograms loads one object's programs over maps that exist already. The caller closes them.
 func LoadPrograms(spec *ebpf.CollectionSpec, over map[string]*ebpf.Map) (*ebpf.Collection, error) {
+	return loadPrograms(spec, over, btf.NewCache())
+}
+
+// loadPrograms reads of the kernel's types what is not in the cache yet.
+func loadPrograms(spec *ebpf.CollectionSpec, over map[string]*ebpf.Map, kernel *btf.Cache) (*ebpf.Collection, error) {
 	replacements := map[string]*ebpf.Map{}
 	for name, m := range spec.Maps {
 		if shared, ok := over[name]; ok {
@@ -60,17 +67,36 @@ func LoadPrograms(spec *ebpf.CollectionSpec, over map[string]*ebpf.Map) (*ebpf.C
 			replacements[name] = shared
 		}
 	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements})
+	types, err := kernelTypes(kernel.Kernel)
+	if err != nil {
+		return nil, err
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{
+		MapReplacements: replacements, Cache: kernel, Programs: ebpf.ProgramOptions{KernelTypes: types},
+	})
 	if err != nil {
 		return nil, loadError(err)
 	}
 	return coll, nil
 }
 
-func pinPrograms(spec *ebpf.CollectionSpec, shared map[string]*ebpf.Map, dir string) error {
-	coll, err := LoadPrograms(spec, shared)
+// kernelTypes returns what tells the programs where the kernel's own structures have the fields that they read: the kernel's BTF, but not that
+// of its modules, which the library would read as well. Of a kernel without BTF it is empty, and the programs do without the fields.
+func kernelTypes(kernel func() (*btf.Spec, error)) (*btf.Spec, error) {
+	types, err := kernel()
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		return new(btf.Builder).Spec()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the kernel's types: %w", err)
+	}
+	return types, nil
+}
+
+func pinPrograms(spec *ebpf.CollectionSpec, shared map[string]*ebpf.Map, kernel *btf.Cache, dir string) error {
+	coll, err := loadPrograms(spec, shared, kernel)
 	if errors.Is(err, ebpf.ErrNotSupported) && dropOptional(spec) {
-		coll, err = LoadPrograms(spec, shared)
+		coll, err = loadPrograms(spec, shared, kernel)
 	}
 	if err != nil {
 		return err
