@@ -27,8 +27,8 @@ const ServiceRouteProtocol = 79
 // large a packet to a service may be the routes say.
 const hostPairMTU = 65535
 
-// serviceRouteMetric leaves a route that somebody else made for the same prefix, usually with metric 0, before ours.
-const serviceRouteMetric = 1024
+// serviceRouteMetric leaves a route that somebody else made for the same prefix before ours, and a pod's: their metric is usually 0, over IPv6 1024.
+const serviceRouteMetric = 2048
 
 // ServiceRoute is a route of the host to service addresses, by HostDevice.
 type ServiceRoute struct {
@@ -148,7 +148,7 @@ func (c *Conn) SyncServiceRoutes(device int, want []ServiceRoute, keep bool) (ch
 		}
 		for _, r := range have {
 			s := NewServiceRoute(r)
-			if wanted[s] && r.LinkIndex == device && r.Table == unix.RT_TABLE_MAIN {
+			if wanted[s] && r.LinkIndex == device && r.Table == unix.RT_TABLE_MAIN && r.Priority == serviceRouteMetric {
 				delete(wanted, s)
 			} else if !keep || replaced[s.Dst] {
 				stale = append(stale, r)

@@ -104,3 +104,41 @@ func TestSyncServiceRoutes(t *testing.T) {
 		}
 	}
 }
+
+// TestServiceRoutesGiveWay: a route that somebody else made for the prefix, with the metric that the kernel gives without being asked, comes
+// first in either family, such as that to a pod whose address is an external one of a service as well. Our routes of another metric are replaced.
+func TestServiceRoutesGiveWay(t *testing.T) {
+	privileged.Require(t)
+	for _, a := range []netip.Addr{netip.MustParseAddr("10.244.0.9"), netip.MustParseAddr("fd00:244::9")} {
+		t.Run(a.String(), func(t *testing.T) {
+			ns := netnstest.New(t)
+			c := dial(t, ns)
+			host, service, err := c.EnsureHostPair()
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := ServiceRoute{Dst: netip.PrefixFrom(a, a.BitLen()), MTU: 1450}
+			sync := func(want int) {
+				t.Helper()
+				if changed, err := c.SyncServiceRoutes(host.Index, []ServiceRoute{r}, false); err != nil || changed != want {
+					t.Errorf("SyncServiceRoutes() = %d, %v, want %d", changed, err, want)
+				}
+			}
+			if err := c.h.RouteAdd(&netlink.Route{
+				Dst: ipNet(r.Dst), LinkIndex: host.Index, Gw: GatewayOf(a).AsSlice(), Flags: int(netlink.FLAG_ONLINK), MTU: r.MTU,
+				Protocol: ServiceRouteProtocol, Priority: 1000,
+			}); err != nil {
+				t.Fatal(err)
+			}
+			sync(2)
+			sync(0)
+			if err := c.h.RouteAdd(&netlink.Route{Dst: ipNet(r.Dst), LinkIndex: service.Index, Scope: netlink.SCOPE_LINK}); err != nil {
+				t.Fatal(err)
+			}
+			sync(0)
+			if got, err := c.h.RouteGet(a.AsSlice()); err != nil || len(got) == 0 || got[0].LinkIndex != service.Index {
+				t.Errorf("the kernel sends to %s by %v, %v, want somebody else's device %d", a, got, err, service.Index)
+			}
+		})
+	}
+}

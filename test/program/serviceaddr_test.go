@@ -66,6 +66,24 @@ func TestV9_UnknownPortAndUnallocatedAddress(t *testing.T) {
 	})
 }
 
+// An external address that is a pod's takes its service's port from the pod, and no other (row V9 is about ClusterIPs).
+func TestV9_PodAddressAsExternalAddress(t *testing.T) {
+	t.Parallel()
+	f := progtest.New(t)
+	servicesOn(f, f.B)
+	families(t, f, func(t *testing.T, v6 bool) {
+		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP, pkt.SCTP} {
+			var s bpf.Service
+			must(t, f.DP.Maps.Services.Lookup(bpf.NewFrontendKey(kind.Proto(v6), of(vips, v6), vipPort), &s))
+			f.Put(f.DP.Maps.Services, bpf.NewFrontendKey(kind.Proto(v6), f.A.Addr(v6), vipPort), s)
+			known := fromClient(kind, at(f.A.Addr(v6), vipPort))
+			redirected(t, f, kind.String()+" to the service", f.FromNetdev(), known, with(atPod(known, f.B), known.Src, at(f.B.Addr(v6), podPort)))
+			unknown := fromClient(kind, at(f.A.Addr(v6), vipPort+1))
+			redirected(t, f, kind.String()+" to another port", f.FromNetdev(), unknown, atPod(unknown, f.A))
+		}
+	})
+}
+
 // Contract row V10: source ranges limit the load balancer address, for clients outside and for pods, and nothing else.
 func TestV10_SourceRanges(t *testing.T) {
 	t.Parallel()
