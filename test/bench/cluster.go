@@ -59,6 +59,7 @@ type clusterNode struct {
 	api    *apitest.Server
 	cni    *libcni.CNIConfig
 	conf   *libcni.NetworkConfigList
+	served bool // a daemon runs here
 }
 
 func (n *clusterNode) bpffs() string { return filepath.Join(n.dir, "bpf") }
@@ -200,6 +201,7 @@ func (k *cluster) start() error {
 		if err != nil {
 			return err
 		}
+		n.served = len(programs) > 0
 		for i, argv := range programs {
 			d, err := startDaemon(n, filepath.Join(n.dir, fmt.Sprintf("daemon%d.log", i)), argv)
 			if err != nil {
@@ -211,7 +213,7 @@ func (k *cluster) start() error {
 	return nil
 }
 
-// ready waits until a client gets an answer on every course, and the daemons have come to rest.
+// ready waits until a client gets an answer on every course, and the daemons have come to rest and put nothing off any more.
 func (k *cluster) ready(ctx context.Context, courses ...course) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -225,7 +227,30 @@ func (k *cluster) ready(ctx context.Context, courses ...course) error {
 			return err
 		}
 	}
+	for _, n := range k.nodes {
+		for n.served && k.contender.settled != nil {
+			settled, err := k.contender.settled(n)
+			if err == nil && !settled {
+				err = waitOr(ctx, 20*time.Millisecond)
+			}
+			if err != nil {
+				return fmt.Errorf("%s, %s does not settle: %w", k.contender.name, n.name, err)
+			}
+			if settled {
+				break
+			}
+		}
+	}
 	return nil
+}
+
+func waitOr(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
 }
 
 func (k *cluster) answers(ctx context.Context, c course) error {

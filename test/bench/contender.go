@@ -4,7 +4,15 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/margay-cni/margay/pkg/agent"
+	"github.com/margay-cni/margay/pkg/bpf"
+	"github.com/margay-cni/margay/pkg/datapath"
+	"github.com/margay-cni/margay/pkg/netns"
 )
 
 // contender is a way to give the nodes of a cluster a network: a CNI and what serves the services.
@@ -15,6 +23,8 @@ type contender struct {
 	conflist func(*clusterNode) ([]byte, error)
 	// daemons are the programs that run on a node, with their arguments; none is no service at all.
 	daemons func(*clusterNode) ([][]string, error)
+	// settled says whether a node is as it will be after a while, for those whose daemons put something off; nil: it is when they are at rest.
+	settled func(*clusterNode) (bool, error)
 	// routes gives every node routes to the pods of the others.
 	routes bool
 	// overlay has the nodes' own traffic go by a VXLAN device of the kernel.
@@ -55,7 +65,36 @@ func (n *node) margayCluster(id, name string, flags ...string) *contender {
 				"--bpffs", on.bpffs(), "--run", on.run(), "--log-level", "warn"}
 			return [][]string{append(argv, flags...)}, nil
 		},
+		settled: margaySettled,
 	}
+}
+
+// margaySettled says whether the node's devices have their tcx links, where the kernel has any.
+func margaySettled(on *clusterNode) (settled bool, err error) {
+	d, err := datapath.Open(datapath.Config{BPFFS: on.bpffs(), Run: on.run()})
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	if has, err := d.HasTCX(); !has || err != nil {
+		return err == nil, err
+	}
+	err = netns.Do(on.path, func() error {
+		settled = true
+		for device, programs := range map[string][]string{
+			"eth0": {bpf.ProgFromNetdev, bpf.ProgToNetdev}, agent.DefaultVXLANDevice: {bpf.ProgFromOverlay, bpf.ProgToOverlay},
+		} {
+			l, err := netlink.LinkByName(device)
+			if err != nil {
+				return err
+			}
+			for _, p := range programs {
+				settled = settled && d.Linked(l.Attrs().Index, p)
+			}
+		}
+		return nil
+	})
+	return settled, err
 }
 
 // referenceCluster is ptp, host-local and portmap with static routes between the nodes, and kube-proxy.
