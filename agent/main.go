@@ -46,6 +46,7 @@ type options struct {
 	resync    time.Duration
 	datapath  datapath.Config
 	verdicts  bool
+	tcx       bool
 	balancing state.LoadBalancing
 	nodePorts agent.NodePortAddresses
 	cidrs     []netip.Prefix
@@ -74,6 +75,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.DurationVar(&o.resync, "resync", 10*time.Second, "how often everything is compared with the kernel")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	f.BoolVar(&o.verdicts, "verdict-events", false, "have an event written for every new flow that policy lets pass (margayctl drops --follow --verdicts)")
+	f.BoolVar(&o.tcx, "tcx", true, "attach the programs of the node's devices by tcx links too, above their filters, where the kernel has them (6.6)")
 	reachFlags(f, &o)
 	serveFlags(f, &o)
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
@@ -188,6 +190,9 @@ func work(ctx context.Context, o options, log *slog.Logger) (err error) {
 		Serve:             served(o, d),
 		Resync:            o.resync,
 		Log:               log,
+	}
+	if o.tcx {
+		cfg.Links = d
 	}
 	source.tell(&cfg)
 	return agent.Run(ctx, cfg)

@@ -16,6 +16,8 @@ type attachments interface {
 	NetdevAttached(ifindex int) error
 	NetdevPrograms(ifindex int) []string
 	OverlayAttached(ifindex int) error
+	// Linked says whether one of the programs is there as a tcx link, too.
+	Linked(ifindex int, programs ...string) bool
 }
 
 // opened is the datapath of this build.

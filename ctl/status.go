@@ -52,6 +52,8 @@ type deviceInfo struct {
 	Attached bool   `json:"attached"`
 	// Programs are those of this build that belong on it.
 	Programs []string `json:"programs,omitempty"`
+	// TCX: the agent has attached them by tcx links as well, which run before the filters.
+	TCX bool `json:"tcx,omitempty"`
 	// Fault says why Attached is false.
 	Fault string `json:"fault,omitempty"`
 }
@@ -204,9 +206,11 @@ func (st *nodeStatus) addDevices(endpoints []endpointInfo, devs devices, at atta
 		st.Devices = append(st.Devices, d)
 	}
 	for i := range st.Devices {
-		if d := &st.Devices[i]; d.Attached && d.Programs == nil {
+		d := &st.Devices[i]
+		if d.Attached && d.Programs == nil {
 			d.Programs = kindPrograms[d.Kind]
 		}
+		d.TCX = at != nil && d.Attached && d.Kind != "pod" && at.Linked(d.Ifindex, d.Programs...)
 	}
 	slices.SortFunc(st.Devices, func(a, b deviceInfo) int {
 		return cmp.Or(strings.Compare(a.Kind, b.Kind), strings.Compare(a.Device, b.Device), cmp.Compare(a.Ifindex, b.Ifindex))
@@ -341,7 +345,11 @@ func (st *nodeStatus) printDevices(w io.Writer) {
 	fmt.Fprintln(w)
 	t := newTable("DEVICE", "KIND", "POD", "PROGRAMS")
 	for _, d := range st.Devices {
-		t.add(d.Device, d.Kind, dash(d.Pod), cmp.Or(d.Fault, strings.Join(d.Programs, ", ")))
+		programs := strings.Join(d.Programs, ", ")
+		if d.TCX {
+			programs += " (tcx)"
+		}
+		t.add(d.Device, d.Kind, dash(d.Pod), cmp.Or(d.Fault, programs))
 	}
 	t.print(w)
 }

@@ -48,8 +48,8 @@ func TestStatusTable(t *testing.T) {
 				{Name: "services", Type: "Hash", Entries: &full, Capacity: 65536, MemoryBytes: 5 << 20},
 			},
 			Devices: []deviceInfo{
-				{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}},
-				{Device: "margay.vxlan", Ifindex: 9, Kind: "overlay", Attached: true, Programs: []string{"from_overlay", "to_overlay"}},
+				{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}, TCX: true},
+				{Device: "margay.vxlan", Ifindex: 9, Kind: "overlay", Attached: true, Programs: []string{"from_overlay", "to_overlay"}, TCX: true},
 				{Device: "mgy12ab34cd", Ifindex: 7, Kind: "pod", Pod: "default/client", Attached: true, Programs: []string{"from_pod", "to_pod"}},
 			},
 		},
@@ -164,7 +164,7 @@ func TestAskAgentHangs(t *testing.T) {
 }
 
 // fakeAttachments has programs on some devices.
-type fakeAttachments struct{ pods, netdevs, overlays []int }
+type fakeAttachments struct{ pods, netdevs, overlays, linked []int }
 
 var errNone = errors.New("program is not attached")
 
@@ -172,7 +172,8 @@ func (f fakeAttachments) PodAttached(i int) error     { return attachedIn(f.pods
 func (f fakeAttachments) NetdevAttached(i int) error  { return attachedIn(f.netdevs, i) }
 func (f fakeAttachments) OverlayAttached(i int) error { return attachedIn(f.overlays, i) }
 
-func (f fakeAttachments) NetdevPrograms(int) []string { return []string{"from_netdev", "to_netdev"} }
+func (f fakeAttachments) Linked(i int, _ ...string) bool { return slices.Contains(f.linked, i) }
+func (f fakeAttachments) NetdevPrograms(int) []string    { return []string{"from_netdev", "to_netdev"} }
 
 func attachedIn(list []int, i int) error {
 	if slices.Contains(list, i) {
@@ -190,9 +191,10 @@ func TestDevices(t *testing.T) {
 		{Pod: "a/lost", Addresses: at, Ifindex: 7, Device: "gone(7)"},
 		{Pod: "a/early", Addresses: at, Ifindex: 8, Device: "veth8", Flags: []string{markUnregistered}},
 		{Addresses: at, Ifindex: 9, Device: "veth9", Flags: []string{markNoRecord}},
-	}, devices{1: "lo", 2: "eth0", 3: "margay.vxlan", 4: "eth1", 5: "veth5", 6: "veth6", 8: "veth8", 9: "veth9"}, fakeAttachments{pods: []int{5, 9}, netdevs: []int{2}, overlays: []int{3}})
+	}, devices{1: "lo", 2: "eth0", 3: "margay.vxlan", 4: "eth1", 5: "veth5", 6: "veth6", 8: "veth8", 9: "veth9"}, fakeAttachments{pods: []int{5, 9}, netdevs: []int{2, 4}, overlays: []int{3}, linked: []int{2}})
 	wantDevices := []deviceInfo{
-		{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}},
+		{Device: "eth0", Ifindex: 2, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}, TCX: true},
+		{Device: "eth1", Ifindex: 4, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}},
 		{Device: "margay.vxlan", Ifindex: 3, Kind: "overlay", Attached: true, Programs: []string{"from_overlay", "to_overlay"}},
 		{Device: "gone(7)", Ifindex: 7, Kind: "pod", Pod: "a/lost", Fault: "the device is gone"},
 		{Device: "veth5", Ifindex: 5, Kind: "pod", Pod: "a/fine", Attached: true, Programs: []string{"from_pod", "to_pod"}},
@@ -254,9 +256,13 @@ func testStatusOfDatapath(t *testing.T, n *testNode) {
 	if err := d.AttachPod(pod); err != nil {
 		t.Fatal(err)
 	}
+	links, err := d.LinkNodeDevices(datapath.NodeDevices{Netdevs: []int{nic}}) // none where the kernel has no tcx
+	if err != nil {
+		t.Fatal(err)
+	}
 	n.decode(t, &attached, "status")
 	want := []deviceInfo{
-		{Device: "nic0", Ifindex: nic, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}},
+		{Device: "nic0", Ifindex: nic, Kind: "node", Attached: true, Programs: []string{"from_netdev", "to_netdev"}, TCX: len(links) > 0},
 		{Device: "overlay0", Ifindex: overlay, Kind: "overlay", Attached: true, Programs: []string{"from_overlay", "to_overlay"}},
 		{Device: "pod0", Ifindex: pod, Kind: "pod", Pod: "default/client", Attached: true, Programs: []string{"from_pod", "to_pod"}},
 	}

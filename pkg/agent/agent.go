@@ -72,6 +72,8 @@ type Config struct {
 	HostPorts HostPorts
 	Attach    Attacher
 	Sweep     Sweeper
+	// Links has the programs of the node's devices attached by links as well; nil: filters only.
+	Links Linker
 	// Collect removes what pods that are gone have left; nil: nobody does.
 	Collect Collector
 	// MaxEntries gives a map's size by name, for the status; may be nil.
@@ -174,7 +176,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer conn.Close()
 	w := &nodeWatcher{
-		attach: cfg.Attach, log: cfg.Log, devices: cfg.Devices, resync: cfg.Resync, records: newMailbox[[]*endpoint.Record](),
+		attach: cfg.Attach, links: cfg.Links, log: cfg.Log, devices: cfg.Devices, resync: cfg.Resync, records: newMailbox[[]*endpoint.Record](),
 		network: systemNetwork{conn}, rules: systemNetfilter{}, vxlan: cfg.Reach.device(cfg.Node), wants: newMailbox[*wantedNetwork](),
 		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now, raise: cfg.Epochs.RaiseEndpointEpochs,
 	}

@@ -67,7 +67,9 @@ var errPodDevice = errors.New("the device carries a pod's programs")
 // and the repair of what pods should have. It makes the overlay device, the pair by which the host reaches services, and the kernel's routes
 // to other nodes and to services as the pipeline wants them, and tells the pipeline what the node's addresses and routes are.
 type nodeWatcher struct {
-	attach  Attacher
+	attach Attacher
+	// links is nil where there are to be none.
+	links   Linker
 	log     *slog.Logger
 	devices []string
 	// vxlan is the overlay device, without its MTU.
@@ -103,6 +105,8 @@ type nodeWatcher struct {
 	mtuErrs                        []string
 	// notrackErr is why conntrack may know the overlay's packets.
 	notrackErr error
+	// linksErr is why there are no links.
+	linksErr error
 }
 
 // run surveys the node at the start, at every change and at every tick, until ctx ends. changes and removals are fed by subscribe.
@@ -188,6 +192,7 @@ func (w *nodeWatcher) survey(verify bool) bool {
 	}
 	addrs, chosen, machine := s.facts(c)
 	w.detach(s, chosen)
+	w.unlink()
 	for i := range chosen {
 		d := &chosen[i]
 		if err := w.attachNetdev(*d, verify); err != nil {
@@ -203,6 +208,9 @@ func (w *nodeWatcher) survey(verify bool) bool {
 	if !reflect.DeepEqual(facts, w.last) {
 		w.last = facts
 		w.publish(facts)
+	}
+	if verify {
+		w.link() // last, because it waits
 	}
 	return len(c.fresh) > 0 || len(w.networkProblems()) > 0
 }

@@ -45,6 +45,7 @@ type Datapath struct {
 
 	cfg   Config
 	progs map[string]*ebpf.Program
+	links hookLinks
 }
 
 // Open opens what is pinned. The error wraps ErrNotLoaded when the current build is not there, or not completely.
@@ -77,9 +78,9 @@ func (d *Datapath) open() (err error) {
 	return d.Maps.open(d.cfg)
 }
 
-// Close closes file descriptors; what is pinned stays.
+// Close closes file descriptors, and with them the links of LinkNodeDevices; what is pinned stays.
 func (d *Datapath) Close() error {
-	errs := []error{d.Maps.close()}
+	errs := []error{d.links.closeAll(), d.Maps.close()}
 	if d.Pods != nil {
 		errs = append(errs, d.Pods.Close())
 	}

@@ -111,22 +111,36 @@ func Attached(ifindex int, hooks ...Hook) error {
 	return nil
 }
 
+// Others says whether the side of the device has a filter that is not ours.
+func Others(ifindex int, hook Hook) (bool, error) {
+	_, others, err := find(ifindex, hook)
+	return others, err
+}
+
 // ours finds our filter on one side of a device; nil when there is none, or no such device.
 func ours(ifindex int, hook Hook) (*netlink.BpfFilter, error) {
+	own, _, err := find(ifindex, hook)
+	return own, err
+}
+
+// find looks at the filters on one side of a device: ours, nil when there is none, and whether there are others.
+func find(ifindex int, hook Hook) (own *netlink.BpfFilter, others bool, err error) {
 	dev := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: ifindex}}
 	filters, err := dump.Whole(func() ([]netlink.Filter, error) { return netlink.FilterList(dev, hook.Parent) })
 	if err != nil {
 		if Gone(err) {
-			return nil, nil
+			return nil, false, nil
 		}
-		return nil, fmt.Errorf("list filters of device %d: %w", ifindex, err)
+		return nil, false, fmt.Errorf("list filters of device %d: %w", ifindex, err)
 	}
 	for _, f := range filters {
 		if b, ok := f.(*netlink.BpfFilter); ok && b.Priority == FilterPriority && b.Handle == FilterHandle && b.Name == "margay/"+hook.Program {
-			return b, nil
+			own = b
+		} else {
+			others = true
 		}
 	}
-	return nil, nil
+	return own, others, nil
 }
 
 // Gone says that the kernel has no such device, qdisc or filter.

@@ -70,6 +70,7 @@ type clusterNode struct {
 	chain  *chain // of its conflist, for what measures the plugins
 	cni    *libcni.CNIConfig
 	conf   *libcni.NetworkConfigList
+	served bool // a daemon runs here
 }
 
 func (n *clusterNode) bpffs() string { return filepath.Join(n.dir, "bpf") }
@@ -260,6 +261,7 @@ func (k *cluster) start() error {
 		if err != nil {
 			return err
 		}
+		n.served = len(programs) > 0
 		for i, argv := range programs {
 			d, err := startDaemon(n, filepath.Join(n.dir, fmt.Sprintf("daemon%d.log", i)), argv)
 			if err != nil {
@@ -271,7 +273,7 @@ func (k *cluster) start() error {
 	return nil
 }
 
-// ready waits until a client gets an answer on every course, and the daemons have come to rest.
+// ready waits until a client gets an answer on every course, and the daemons have come to rest and put nothing off any more.
 func (k *cluster) ready(ctx context.Context, courses ...course) error {
 	ctx, cancel := context.WithTimeout(ctx, k.contender.wait())
 	defer cancel()
@@ -285,7 +287,7 @@ func (k *cluster) ready(ctx context.Context, courses ...course) error {
 			return err
 		}
 	}
-	return nil
+	return k.settle(ctx)
 }
 
 func (k *cluster) answers(ctx context.Context, c course) error {

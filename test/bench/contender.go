@@ -43,6 +43,9 @@ type contender struct {
 	oneNode   bool              // the conflist is one node's as it is: not for sections with several
 	firstOnly bool              // the daemons run on the first node alone
 	overlay   bool              // the nodes' own traffic goes by a VXLAN device of the kernel
+
+	// settled says whether a node is as it will be after a while, for those whose daemons put something off; nil: it is when they are at rest.
+	settled func(*clusterNode) (bool, error)
 }
 
 // placeholders are what the templates of a contender can name.

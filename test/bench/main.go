@@ -233,6 +233,7 @@ func measure(ctx context.Context, o options, stdout, stderr io.Writer) (err erro
 	if b.margay, err = ownContender("margay"); err != nil {
 		return err
 	}
+	b.margay.settled = margaySettled
 	if b.reference, err = ownContender("ptp-kube-proxy"); err != nil {
 		return err
 	}

@@ -5,4 +5,5 @@
 //
 //	go test -run '^$' -bench Attach -benchtime 20x ./test/bench/attach
 //	go test -run '^$' -bench Packet -benchtime 40x ./test/bench/attach
+//	go test -run '^$' -bench Delete -benchtime 10x ./test/bench/attach
 package attach
