@@ -394,11 +394,7 @@ func (a *addition) printResult(context.Context) error {
 	if err := a.lock.clear(); err != nil {
 		return fail(types.ErrIOFailure, err, "clear %s", a.lock.path)
 	}
-	r, err := a.result.GetAsVersion(a.conf.CNIVersion)
-	if err == nil {
-		err = r.PrintTo(a.plugin.stdout)
-	}
-	if err != nil {
+	if err := printTo(a.plugin.stdout, a.result, a.conf.CNIVersion); err != nil {
 		return fail(types.ErrIOFailure, err, "print the result")
 	}
 	return nil
