@@ -20,9 +20,10 @@ func main() {
 	os.Exit(run())
 }
 
-// patience is how long a command runs before it listens for signals, which takes threads and a twelfth of an ADD's time. A runtime that gives up
-// waits for longer; what an earlier signal ends is undone as after a kill, by the next command.
-const patience = 20 * time.Millisecond
+// patience is how long a command runs before it listens for signals, which takes two threads: longer than a DEL waits for the kernel, or an
+// ADD for a hundred others. A runtime that gives up waits for tens of seconds; what an earlier signal ends is undone as after a kill, by the
+// next command.
+const patience = time.Second
 
 func run() int {
 	// One ADD is one thread's work from beginning to end; more processors would only wake each other.

@@ -33,7 +33,7 @@ type addition struct {
 	inherited bool
 
 	podNS, hostNS     *netns.Handle
-	podLink, hostLink *link.Conn
+	podLink, hostLink *link.Socket
 	datapath          dataplane
 
 	ipam   *types100.Result // what the IPAM plugin gave
@@ -136,10 +136,10 @@ func (a *addition) openNamespaces(context.Context) (err error) {
 	if same && !overrides(a.args) {
 		return fail(types.ErrInvalidNetNS, nil, "CNI_NETNS %q is the plugin's own network namespace", a.args.Netns)
 	}
-	if a.podLink, err = link.Dial(a.podNS.FD()); err != nil {
+	if a.podLink, err = link.Open(a.podNS.FD()); err != nil {
 		return fail(codeDevice, err, "open a netlink socket in the pod's namespace")
 	}
-	if a.hostLink, err = link.Dial(-1); err != nil {
+	if a.hostLink, err = link.Open(-1); err != nil {
 		return fail(codeDevice, err, "open a netlink socket")
 	}
 	return nil
@@ -153,7 +153,7 @@ func overrides(args *Args) bool {
 // close releases what the steps opened.
 func (a *addition) close() error {
 	var faults []error
-	for _, c := range []*link.Conn{a.podLink, a.hostLink} {
+	for _, c := range []*link.Socket{a.podLink, a.hostLink} {
 		if c != nil {
 			c.Close()
 		}
@@ -236,11 +236,23 @@ func (a *addition) clearLeftovers(context.Context) error {
 	return r.removeRecord()
 }
 
-// complete says whether an earlier ADD came to its end: the pod's own configuration is the last thing that it makes.
+// complete says whether an earlier ADD came to its end: the pod's own configuration is the last thing that it makes. In doubt it did not.
 func (a *addition) complete(r *endpoint.Record, podIf, hostIf link.Device) bool {
-	return podIf.Up && hostIf.Up && r.HostIfindex == hostIf.Index &&
-		a.hostLink.VerifyHost(link.Host{Index: hostIf.Index, PodMAC: podIf.MAC, Addresses: r.Addresses}) == nil &&
-		a.podLink.VerifyPod(link.Pod{Index: podIf.Index, GatewayMAC: hostIf.MAC, Addresses: r.Addresses}) == nil
+	if !podIf.Up || !hostIf.Up || r.HostIfindex != hostIf.Index {
+		return false
+	}
+	pod, err := link.Dial(a.podNS.FD())
+	if err != nil {
+		return false
+	}
+	defer pod.Close()
+	host, err := link.Dial(-1)
+	if err != nil {
+		return false
+	}
+	defer host.Close()
+	return host.VerifyHost(link.Host{Index: hostIf.Index, PodMAC: podIf.MAC, Addresses: r.Addresses}) == nil &&
+		pod.VerifyPod(link.Pod{Index: podIf.Index, GatewayMAC: hostIf.MAC, Addresses: r.Addresses}) == nil
 }
 
 func (a *addition) readPolicy(ctx context.Context) (err error) {
@@ -391,11 +403,7 @@ func (a *addition) printResult(context.Context) error {
 	if err := a.lock.clear(); err != nil {
 		return fail(types.ErrIOFailure, err, "clear %s", a.lock.path)
 	}
-	r, err := a.result.GetAsVersion(a.conf.CNIVersion)
-	if err == nil {
-		err = r.PrintTo(a.plugin.stdout)
-	}
-	if err != nil {
+	if err := printTo(a.plugin.stdout, a.result, a.conf.CNIVersion); err != nil {
 		return fail(types.ErrIOFailure, err, "print the result")
 	}
 	return nil

@@ -450,7 +450,7 @@ func TestResultSpeaksTheConfiguredVersion(t *testing.T) {
 			n, pod := newNode(t), netnstest.New(t)
 			n.mustAdd(cmdArgs("c1", pod.Path(), n.conf(familyRanges["dual stack"], set("cniVersion", v))))
 			text := n.out.String()
-			if !strings.Contains(text, fmt.Sprintf(`"cniVersion": %q`, v)) {
+			if !strings.Contains(strings.ReplaceAll(text, ": ", ":"), fmt.Sprintf(`"cniVersion":%q`, v)) {
 				t.Errorf("result %s, want version %s", text, v)
 			}
 			if got := strings.Contains(text, `"mtu"`); got != (v == "1.1.0") {

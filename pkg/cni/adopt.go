@@ -34,7 +34,7 @@ func (a *addition) adoptInterface(context.Context) (err error) {
 }
 
 // hostEnd returns the other end of a pod's veth interface, in the namespace of c.
-func hostEnd(c *link.Conn, pod link.Device) (link.Device, error) {
+func hostEnd(c *link.Socket, pod link.Device) (link.Device, error) {
 	if pod.Kind != "veth" || pod.Peer == 0 {
 		return link.Device{}, fail(codeAdopt, nil, "interface %s is of kind %s: only veth pairs can be adopted", pod.Name, pod.Kind)
 	}

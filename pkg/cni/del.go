@@ -84,7 +84,7 @@ func (p *Plugin) removeLocked(ctx context.Context, at *attachment, lock *attachm
 // removal is what DEL, GC and a repeated ADD do to one attachment.
 type removal struct {
 	*attachment
-	link     *link.Conn
+	link     *link.Socket
 	datapath dataplane        // nil when there is none
 	record   *endpoint.Record // nil when there is none
 }
@@ -107,7 +107,7 @@ func (p *Plugin) remove(ctx context.Context, at *attachment) error {
 	default:
 		defer at.tidy("close datapath", r.datapath.Close)
 	}
-	if r.link, err = link.Dial(-1); err != nil {
+	if r.link, err = link.Open(-1); err != nil {
 		faults = append(faults, fail(codeDevice, err, "open a netlink socket"))
 	} else {
 		defer r.link.Close()
@@ -225,7 +225,7 @@ func (r *removal) findAdopted() (ifindex int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, ns.Close()) }()
-	pod, err := link.Dial(ns.FD())
+	pod, err := link.Open(ns.FD())
 	if err != nil {
 		return 0, err
 	}

@@ -52,6 +52,16 @@ func (a *addition) registerHostPorts(context.Context) (err error) {
 	return nil
 }
 
+// nodeHasAddress asks for all addresses, which ADD has no socket for otherwise.
+func nodeHasAddress(a netip.Addr) (bool, error) {
+	node, err := link.Dial(-1)
+	if err != nil {
+		return false, err
+	}
+	defer node.Close()
+	return node.HasAddress(a)
+}
+
 // checkHost refuses a hostPort at an address that is not the node's, because it might be a service's or another machine's, and one that would
 // take an address away from a port that is served on all of them.
 func (a *addition) checkHost(p endpoint.HostPort) error {
@@ -60,7 +70,7 @@ func (a *addition) checkHost(p endpoint.HostPort) error {
 		return nil
 	}
 	if !host.IsLoopback() {
-		own, err := a.hostLink.HasAddress(host)
+		own, err := nodeHasAddress(host)
 		if err != nil {
 			return fail(codeDevice, err, "look for address %s on this node", host)
 		}

@@ -32,8 +32,16 @@ func (at *attachment) ipamConfig() (*ipam.Config, ipam.Attachment, error) {
 	}, err
 }
 
-// leaseRun is the run directory of margay-ipam's leases where it is not the plugin's own; else empty.
+// leaseRun is the run directory of margay-ipam's leases where it is not the plugin's own; else empty. It is decoded once.
 func (at *attachment) leaseRun() string {
+	if at.leases == nil {
+		run := at.decodeLeaseRun()
+		at.leases = &run
+	}
+	return *at.leases
+}
+
+func (at *attachment) decodeLeaseRun() string {
 	var section struct {
 		IPAM struct {
 			RunDir string `json:"runDir"`

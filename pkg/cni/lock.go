@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
+	"github.com/margay-cni/margay/pkg/jsonwrite"
 )
 
 // Another command about the same attachment takes milliseconds; one that holds the lock longer than this hangs in the kernel or in an IPAM
@@ -126,12 +127,22 @@ func parseJournal(data []byte) *journal {
 	return &j
 }
 
+// encode writes what encoding/json would; see endpoint.Record.
+func (j *journal) encode() []byte {
+	var o jsonwrite.Object
+	o.String("command", j.Command)
+	o.String("containerID", j.ContainerID)
+	o.String("ifName", j.IfName)
+	o.OmitString("netns", j.Netns)
+	o.String("network", j.Network)
+	o.OmitString("ipamRunDir", j.IPAMRun)
+	o.OmitTrue("adopted", j.Adopted)
+	return o.Bytes()
+}
+
 // write makes j what is left if the command does not come to its end.
 func (l *attachmentLock) write(j journal) error {
-	data, err := json.Marshal(j)
-	if err != nil {
-		return err
-	}
+	data := j.encode()
 	info, err := l.file.Stat()
 	if err != nil {
 		return err

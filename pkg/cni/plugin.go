@@ -123,6 +123,8 @@ type attachment struct {
 	log  *slog.Logger
 	// pollLocks is for a process that outlives the command.
 	pollLocks bool
+	// leases is what leaseRun returns, once it was asked.
+	leases *string
 	// closeLog ends the log file.
 	closeLog func() error
 }

@@ -95,7 +95,7 @@ func (s *Store) Save(r *Record) (err error) {
 		return err
 	}
 	r.Version = Version
-	data, err := json.MarshalIndent(r, "", "  ")
+	data, err := r.encode()
 	if err != nil {
 		return fmt.Errorf("encode record: %w", err)
 	}
@@ -108,7 +108,7 @@ func (s *Store) Save(r *Record) (err error) {
 			err = errors.Join(err, removeIfThere(temp))
 		}
 	}()
-	if err := os.WriteFile(temp, append(data, '\n'), 0o644); err != nil {
+	if err := os.WriteFile(temp, data, 0o644); err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
 	if err := os.Rename(temp, path); err != nil {

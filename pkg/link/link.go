@@ -3,7 +3,7 @@
 // Package link makes and removes the devices, addresses, routes and neighbour entries that connect a pod to its node, and verifies that
 // they are still there. It knows nothing of BPF, of namespaces' paths (pkg/netns) and of who a pod is.
 //
-// A Conn is a netlink socket bound to one network namespace for good, so nothing here switches threads between namespaces. Dumps go
+// A Socket or Conn is a netlink socket bound to one network namespace for good, so nothing here switches threads between namespaces. Dumps go
 // through pkg/dump.
 //
 // A pod has /32 and /128 addresses, a default route through a link-local gateway that no device really has, and a permanent neighbour
@@ -42,26 +42,34 @@ var ErrExists = errors.New("device exists")
 // ErrIPv6Disabled is wrapped when the kernel refuses an IPv6 address because disable_ipv6 is set on the device.
 var ErrIPv6Disabled = errors.New("IPv6 is disabled on the device")
 
-// Conn is a netlink socket in one namespace. It may be used by one goroutine at a time.
+// Conn is a Socket, and beside it one of a netlink library's for tables and for devices other than pods'. It may be used by one goroutine at a
+// time.
 type Conn struct {
+	*Socket
 	h *netlink.Handle
 }
 
-// Dial opens a socket in the namespace with the open file descriptor fd; -1 means the calling thread's namespace.
+// Dial opens both sockets in the namespace with the open file descriptor fd; -1 means the calling thread's namespace.
 func Dial(fd int) (*Conn, error) {
+	s, err := Open(fd)
+	if err != nil {
+		return nil, err
+	}
 	ns := netns.None()
 	if fd >= 0 {
 		ns = netns.NsHandle(fd)
 	}
 	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
+		s.Close()
 		return nil, fmt.Errorf("open netlink socket: %w", err)
 	}
-	return &Conn{h: h}, nil
+	return &Conn{s, h}, nil
 }
 
-// Close closes the socket.
+// Close closes both sockets.
 func (c *Conn) Close() {
+	c.Socket.Close()
 	c.h.Close()
 }
 
@@ -95,24 +103,6 @@ func newDevice(l netlink.Link) Device {
 	return d
 }
 
-// Device returns the device of that name. The error wraps ErrNotFound when there is none.
-func (c *Conn) Device(name string) (Device, error) {
-	l, err := c.h.LinkByName(name)
-	if err != nil {
-		return Device{}, fmt.Errorf("look up device %s: %w", name, notFound(err))
-	}
-	return newDevice(l), nil
-}
-
-// DeviceByIndex returns the device with that ifindex. The error wraps ErrNotFound when there is none.
-func (c *Conn) DeviceByIndex(index int) (Device, error) {
-	l, err := c.h.LinkByIndex(index)
-	if err != nil {
-		return Device{}, fmt.Errorf("look up device %d: %w", index, notFound(err))
-	}
-	return newDevice(l), nil
-}
-
 // Devices returns every device of the namespace.
 func (c *Conn) Devices() ([]Device, error) {
 	links, err := dump.Whole(c.h.LinkList)
@@ -124,16 +114,6 @@ func (c *Conn) Devices() ([]Device, error) {
 		devices = append(devices, newDevice(l))
 	}
 	return devices, nil
-}
-
-// Delete removes a device, and with a veth its other end, in one message. A device that is not there is success. The kernel waits for
-// RCU grace periods before it answers: this is what DEL's time goes into.
-func (c *Conn) Delete(index int) error {
-	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
-	if err := c.h.LinkDel(l); err != nil && !errors.Is(notFound(err), ErrNotFound) {
-		return fmt.Errorf("delete device %d: %w", index, err)
-	}
-	return nil
 }
 
 // notFound adds ErrNotFound to the library's and the kernel's ways of saying it.

@@ -10,8 +10,9 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/addr"
 )
 
 // Route is one route of a pod. Its next hop is always the pod's gateway of that family.
@@ -58,17 +59,17 @@ func gateways(addresses []netip.Addr) []netip.Addr {
 
 // ConfigurePod brings the pod's end up and gives it addresses, neighbours and routes. c is in the pod's namespace. Nothing that was there
 // is removed, so it can be repeated.
-func (c *Conn) ConfigurePod(p Pod) error {
-	if err := c.h.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: p.Index}}); err != nil {
+func (c *Socket) ConfigurePod(p Pod) error {
+	if err := c.setUp(p.Index); err != nil {
 		return fmt.Errorf("bring pod interface up: %w", err)
 	}
 	for _, a := range p.Addresses {
-		err := c.addAddress(p.Index, a)
+		err := c.setAddress(p.Index, a)
 		if errors.Is(err, ErrIPv6Disabled) && p.EnableIPv6 != nil {
 			if err := p.EnableIPv6(); err != nil {
 				return fmt.Errorf("enable IPv6 on the pod interface: %w", err)
 			}
-			err = c.addAddress(p.Index, a)
+			err = c.setAddress(p.Index, a)
 		}
 		if err != nil {
 			return err
@@ -80,71 +81,28 @@ func (c *Conn) ConfigurePod(p Pod) error {
 		}
 	}
 	for _, r := range podRoutes(p) {
-		if err := c.h.RouteReplace(&r); err != nil {
-			return fmt.Errorf("add pod route %s: %w", routeText(r), err)
+		if err := c.setRoute(r); err != nil {
+			return fmt.Errorf("add pod route %s: %w", r, err)
 		}
 	}
 	return c.waitLocal(p.Addresses)
 }
 
-func (c *Conn) addAddress(index int, a netip.Addr) error {
-	na := &netlink.Addr{IPNet: hostNet(a), LinkIndex: index}
-	if a.Is6() {
-		// Nobody else can have the address: duplicate address detection would only delay the pod by a second.
-		na.Flags = unix.IFA_F_NODAD
-	}
-	// Without a link the library uses na.LinkIndex; replace makes a repeated call succeed.
-	err := c.h.AddrReplace(nil, na)
-	if errors.Is(err, unix.EACCES) && a.Is6() {
-		err = errors.Join(ErrIPv6Disabled, err)
-	}
-	if err != nil {
-		return fmt.Errorf("add address %s: %w", a, err)
-	}
-	return nil
-}
-
-func (c *Conn) setNeighbour(index int, a netip.Addr, mac net.HardwareAddr) error {
-	n := &netlink.Neigh{
-		LinkIndex:    index,
-		Family:       family(a),
-		State:        netlink.NUD_PERMANENT,
-		IP:           a.AsSlice(),
-		HardwareAddr: mac,
-	}
-	if err := c.h.NeighSet(n); err != nil {
-		return fmt.Errorf("set neighbour %s: %w", a, err)
-	}
-	return nil
-}
-
-// podRoutes returns the kernel's form of the pod's routes: first what makes the IPv4 gateway reachable (fe80::1 is link-local anyway).
-func podRoutes(p Pod) []netlink.Route {
-	var out []netlink.Route
+// podRoutes returns all of the pod's routes: first what makes the IPv4 gateway reachable (fe80::1 is link-local anyway).
+func podRoutes(p Pod) []route {
+	var out []route
 	for _, gw := range gateways(p.Addresses) {
 		if gw.Is4() {
-			out = append(out, netlink.Route{LinkIndex: p.Index, Dst: hostNet(gw), Scope: netlink.SCOPE_LINK})
+			out = append(out, route{
+				Route: Route{Dst: addr.HostPrefix(gw)}, device: p.Index, scope: unix.RT_SCOPE_LINK, protocol: unix.RTPROT_BOOT,
+			})
 		}
 	}
 	for _, r := range p.Routes {
-		out = append(out, netlink.Route{
-			LinkIndex: p.Index,
-			Dst:       ipNet(r.Dst.Masked()),
-			Gw:        GatewayOf(r.Dst.Addr()).AsSlice(),
-			MTU:       r.MTU,
-			AdvMSS:    r.AdvMSS,
-			Priority:  r.Priority,
-			Table:     r.Table,
-		})
+		r.Dst = r.Dst.Masked()
+		out = append(out, route{Route: r, device: p.Index, gateway: GatewayOf(r.Dst.Addr()), protocol: unix.RTPROT_BOOT})
 	}
 	return out
-}
-
-func routeText(r netlink.Route) string {
-	if len(r.Gw) == 0 {
-		return r.Dst.String()
-	}
-	return fmt.Sprintf("%s via %s", r.Dst, r.Gw)
 }
 
 // EnableIPv6 clears disable_ipv6 of a device in the calling thread's namespace.
@@ -165,25 +123,27 @@ type Host struct {
 
 // ConfigureHost brings the host's end up and adds a route and a permanent neighbour entry for each of the pod's addresses. A route for
 // the same address to another device is replaced: the address has one owner, and this is it. c is in the host's namespace.
-func (c *Conn) ConfigureHost(h Host) error {
-	dev := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: h.Index}}
+func (c *Socket) ConfigureHost(h Host) error {
 	// The host never speaks from this device's own address. Without one it also sends the pod no router solicitations, multicast
 	// reports and duplicate address probes.
-	err := c.h.LinkSetIP6AddrGenMode(dev, addrGenModeNone)
-	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) {
+	if err := c.setAddrGenMode(h.Index, addrGenModeNone); err != nil {
 		return fmt.Errorf("switch off address generation: %w", err)
 	}
-	if err := c.h.LinkSetUp(dev); err != nil {
+	if err := c.setUp(h.Index); err != nil {
 		return fmt.Errorf("bring host device up: %w", err)
 	}
 	for _, a := range h.Addresses {
 		if err := c.setNeighbour(h.Index, a, h.PodMAC); err != nil {
 			return err
 		}
-		r := netlink.Route{LinkIndex: h.Index, Dst: hostNet(a), Scope: netlink.SCOPE_LINK, Protocol: RouteProtocol}
-		if err := c.h.RouteReplace(&r); err != nil {
+		if err := c.setRoute(hostRoute(h.Index, a)); err != nil {
 			return fmt.Errorf("add host route %s: %w", a, err)
 		}
 	}
 	return nil
+}
+
+// hostRoute is the node's route to a pod's address.
+func hostRoute(device int, a netip.Addr) route {
+	return route{Route: Route{Dst: addr.HostPrefix(a)}, device: device, scope: unix.RT_SCOPE_LINK, protocol: RouteProtocol}
 }

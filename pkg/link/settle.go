@@ -21,7 +21,7 @@ const (
 
 // waitLocal returns when the kernel accepts packets for each of the addresses. It installs an IPv6 address's local route from a work
 // queue, even without duplicate address detection: a packet that comes before it is lost, and costs a TCP client a second.
-func (c *Conn) waitLocal(addresses []netip.Addr) error {
+func (c *Socket) waitLocal(addresses []netip.Addr) error {
 	deadline := time.Now().Add(settleTimeout)
 	poll := settlePoll
 	for _, a := range addresses {
@@ -36,9 +36,9 @@ func (c *Conn) waitLocal(addresses []netip.Addr) error {
 	return nil
 }
 
-func (c *Conn) isLocal(a netip.Addr) bool {
-	routes, err := c.h.RouteGet(a.AsSlice())
-	return err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
+func (c *Socket) isLocal(a netip.Addr) bool {
+	way, err := c.lookUpRoute(a, false)
+	return err == nil && way.kind == unix.RTN_LOCAL
 }
 
 // ifreqPointer is struct ifreq (netdevice(7)) with a pointer in its union.

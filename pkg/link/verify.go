@@ -62,11 +62,11 @@ func (c *Conn) VerifyPod(p Pod) error {
 func (c *Conn) VerifyHost(h Host) error {
 	var (
 		faults []error
-		routes []netlink.Route
+		routes []route
 	)
 	for _, a := range h.Addresses {
 		faults = append(faults, c.verifyNeighbour(h.Index, a, h.PodMAC))
-		routes = append(routes, netlink.Route{LinkIndex: h.Index, Dst: hostNet(a)})
+		routes = append(routes, hostRoute(h.Index, a))
 	}
 	faults = append(faults, c.verifyRoutes(h.Index, routes))
 	return errors.Join(faults...)
@@ -89,12 +89,12 @@ func (c *Conn) verifyNeighbour(index int, a netip.Addr, mac net.HardwareAddr) er
 	return fmt.Errorf("neighbour %s is missing", a)
 }
 
-func (c *Conn) verifyRoutes(index int, want []netlink.Route) error {
+func (c *Conn) verifyRoutes(index int, want []route) error {
 	filter := &netlink.Route{LinkIndex: index, Table: unix.RT_TABLE_UNSPEC}
 	var faults []error
 	have := map[int][]netlink.Route{}
 	for _, w := range want {
-		f := family(fromIP(w.Dst.IP))
+		f := family(w.Dst.Addr())
 		if _, ok := have[f]; !ok {
 			list, err := dump.Whole(func() ([]netlink.Route, error) {
 				return c.h.RouteListFiltered(f, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
@@ -105,23 +105,23 @@ func (c *Conn) verifyRoutes(index int, want []netlink.Route) error {
 			have[f] = list
 		}
 		if !slices.ContainsFunc(have[f], func(h netlink.Route) bool { return sameRoute(h, w) }) {
-			faults = append(faults, fmt.Errorf("route %s is missing", routeText(w)))
+			faults = append(faults, fmt.Errorf("route %s is missing", w))
 		}
 	}
 	return errors.Join(faults...)
 }
 
 // sameRoute compares destination, next hop and table; the kernel fills in the rest.
-func sameRoute(have, want netlink.Route) bool {
-	if want.Table == 0 {
-		want.Table = unix.RT_TABLE_MAIN
+func sameRoute(have netlink.Route, want route) bool {
+	table := want.Table
+	if table == 0 {
+		table = unix.RT_TABLE_MAIN
 	}
-	if have.Table != want.Table || !have.Gw.Equal(want.Gw) {
+	if have.Table != table || fromIP(have.Gw) != want.gateway {
 		return false
 	}
 	if have.Dst == nil { // default route
-		ones, _ := want.Dst.Mask.Size()
-		return ones == 0
+		return want.Dst.Bits() == 0
 	}
 	return have.Dst.String() == want.Dst.String()
 }

@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/margay-cni/margay/pkg/rtnetlink"
 )
 
 // HostPrefix starts the name of every host-side device that Margay makes.
@@ -57,7 +59,7 @@ type VethSpec struct {
 	// may change it at any later moment.
 	PodMAC  net.HardwareAddr
 	HostMAC net.HardwareAddr
-	MTU     int // bytes, of both ends
+	MTU     int // bytes, of both ends; 0: the kernel's choice
 	// GSOMaxSize is how large a packet of several segments the pod's end takes, in bytes; 0: the kernel's 64 KiB. Kernels before 6.3 take it
 	// for IPv6 alone.
 	GSOMaxSize int
@@ -68,21 +70,40 @@ type VethSpec struct {
 // for RCU grace periods before it does.
 const vethQueues = 1
 
+// vethInfoPeer is VETH_INFO_PEER (linux/veth.h).
+const vethInfoPeer = 1
+
 // AddVeth makes the pair with one message: the pod's end in the namespace of c, the host's end in spec.HostNS. Both are down.
 // It returns the ifindex of either end. The error wraps ErrExists when one of the names is taken.
-func (c *Conn) AddVeth(spec VethSpec) (pod, host int, err error) {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = spec.PodName
-	attrs.HardwareAddr = spec.PodMAC
-	attrs.MTU = spec.MTU
-	attrs.NumTxQueues, attrs.NumRxQueues = vethQueues, vethQueues // the library takes them for both ends
-	attrs.GSOMaxSize, attrs.GSOIPv4MaxSize = uint32(spec.GSOMaxSize), uint32(spec.GSOMaxSize)
-	veth := netlink.NewVeth(attrs)
-	veth.PeerName = spec.HostName
-	veth.PeerHardwareAddr = spec.HostMAC
-	veth.PeerMTU = uint32(spec.MTU)
-	veth.PeerNamespace = netlink.NsFd(spec.HostNS)
-	if err := c.h.LinkAdd(veth); err != nil {
+func (c *Socket) AddVeth(spec VethSpec) (pod, host int, err error) {
+	r := rtnetlink.NewRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, deviceMessage(0, 0, 0))
+	end := func(name string, mac net.HardwareAddr) {
+		r.String(unix.IFLA_IFNAME, name)
+		if mac != nil {
+			r.Bytes(unix.IFLA_ADDRESS, mac)
+		}
+		if spec.MTU != 0 {
+			r.Uint32(unix.IFLA_MTU, uint32(spec.MTU))
+		}
+		r.Uint32(unix.IFLA_NUM_TX_QUEUES, vethQueues)
+		r.Uint32(unix.IFLA_NUM_RX_QUEUES, vethQueues)
+	}
+	end(spec.PodName, spec.PodMAC)
+	if spec.GSOMaxSize != 0 {
+		r.Uint32(unix.IFLA_GSO_MAX_SIZE, uint32(spec.GSOMaxSize))
+		r.Uint32(unix.IFLA_GSO_IPV4_MAX_SIZE, uint32(spec.GSOMaxSize))
+	}
+	r.Nest(unix.IFLA_LINKINFO, func() {
+		r.Bytes(unix.IFLA_INFO_KIND, []byte("veth"))
+		r.Nest(unix.IFLA_INFO_DATA, func() {
+			r.Nest(vethInfoPeer, func() {
+				r.Raw(deviceMessage(0, 0, 0))
+				end(spec.HostName, spec.HostMAC)
+				r.Uint32(unix.IFLA_NET_NS_FD, uint32(spec.HostNS))
+			})
+		})
+	})
+	if err := c.s.Do(r); err != nil {
 		if errors.Is(err, unix.EEXIST) {
 			err = errors.Join(ErrExists, err)
 		}
@@ -96,45 +117,31 @@ func (c *Conn) AddVeth(spec VethSpec) (pod, host int, err error) {
 }
 
 // defaultProbes are documentation addresses (RFC 5737, RFC 3849): nobody has a route to them but the default one.
-var defaultProbes = []net.IP{net.IPv4(192, 0, 2, 1), net.ParseIP("2001:db8::1")}
+var defaultProbes = []netip.Addr{
+	netip.AddrFrom4([4]byte{192, 0, 2, 1}), netip.AddrFrom16([16]byte{0: 0x20, 1: 0x01, 2: 0x0d, 3: 0xb8, 15: 1}),
+}
 
 // DefaultMTU returns the MTU of the device that the default route uses, the smaller one when IPv4 and IPv6 differ, and 0 when there is no
 // default route. It asks the kernel for one route instead of dumping a table that has an entry for each pod.
-func (c *Conn) DefaultMTU() (int, error) {
+func (c *Socket) DefaultMTU() (int, error) {
 	mtu := 0
 	for _, probe := range defaultProbes {
-		routes, err := c.h.RouteGetWithOptions(probe, &netlink.RouteGetOptions{FIBMatch: true})
+		way, err := c.lookUpRoute(probe, true)
 		if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) || errors.Is(err, unix.EAFNOSUPPORT) {
 			continue
 		}
 		if err != nil {
 			return 0, fmt.Errorf("look up default route: %w", err)
 		}
-		for _, r := range routes {
-			for _, index := range outDevices(r) {
-				d, err := c.DeviceByIndex(index)
-				if err != nil {
-					return 0, err
-				}
-				if d.Name != "lo" && d.MTU > 0 && (mtu == 0 || d.MTU < mtu) {
-					mtu = d.MTU
-				}
+		for _, index := range way.devices {
+			d, err := c.DeviceByIndex(index)
+			if err != nil {
+				return 0, err
+			}
+			if d.Name != "lo" && d.MTU > 0 && (mtu == 0 || d.MTU < mtu) {
+				mtu = d.MTU
 			}
 		}
 	}
 	return mtu, nil
-}
-
-func outDevices(r netlink.Route) []int {
-	if len(r.MultiPath) == 0 {
-		if r.LinkIndex == 0 {
-			return nil // unreachable, blackhole
-		}
-		return []int{r.LinkIndex}
-	}
-	var out []int
-	for _, hop := range r.MultiPath {
-		out = append(out, hop.LinkIndex)
-	}
-	return out
 }

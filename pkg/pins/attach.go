@@ -3,6 +3,7 @@
 package pins
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -11,6 +12,7 @@ import (
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/dump"
+	"github.com/margay-cni/margay/pkg/rtnetlink"
 )
 
 // FilterPriority and FilterHandle are where our filters sit on a device's clsact qdisc. Lower priorities run first. The handle is one
@@ -45,35 +47,58 @@ func (p *Pods) hooks() []Hook {
 
 // Attach puts the programs on a device, in the calling thread's network namespace. An older build's programs are replaced without a gap. It
 // takes one netlink message, and one for each program, and waits for no grace period: docs/design/0003-attach.md.
-func Attach(ifindex int, hooks ...Hook) error {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+func Attach(ifindex int, hooks ...Hook) (err error) {
+	s, err := rtnetlink.Open(-1)
 	if err != nil {
-		return fmt.Errorf("open netlink socket: %w", err)
+		return err
 	}
-	defer h.Close()
-	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: ifindex, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}}
-	if err := h.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
+	defer func() { err = errors.Join(err, s.Close()) }()
+	qdisc := rtnetlink.NewRequest(unix.RTM_NEWQDISC, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
+		trafficControl(ifindex, netlink.MakeHandle(0xffff, 0), netlink.HANDLE_CLSACT, 0))
+	qdisc.String(attrKind, "clsact")
+	if err := s.Do(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add clsact to device %d: %w", ifindex, err)
 	}
 	for _, hook := range hooks {
-		if err := h.FilterReplace(filter(ifindex, hook)); err != nil {
+		if err := s.Do(filter(ifindex, hook)); err != nil {
 			return fmt.Errorf("attach %s to device %d: %w", hook.Program, ifindex, err)
 		}
 	}
 	return nil
 }
 
-func filter(ifindex int, hook Hook) *netlink.BpfFilter {
-	return &netlink.BpfFilter{
-		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: ifindex, Parent: hook.Parent, Handle: FilterHandle, Priority: FilterPriority, Protocol: unix.ETH_P_ALL,
-		},
-		Name:         "margay/" + hook.Program,
-		DirectAction: true,
-		Fd:           hook.FD,
+// Attributes of a filter (linux/rtnetlink.h, linux/pkt_cls.h), and the flag that makes the program's return value the verdict.
+const (
+	attrKind          = unix.TCA_KIND
+	attrOptions       = unix.TCA_OPTIONS
+	attrBPFFD         = 6
+	attrBPFName       = 7
+	attrBPFFlags      = 8
+	flagDirectVerdict = 1
+)
+
+// trafficControl returns a struct tcmsg.
+func trafficControl(ifindex int, handle, parent, info uint32) []byte {
+	b := make([]byte, 4, 20)
+	for _, v := range []uint32{uint32(ifindex), handle, parent, info} {
+		b = binary.NativeEndian.AppendUint32(b, v)
 	}
+	return b
+}
+
+// filter makes the filter, or gives the one that is there our program.
+func filter(ifindex int, hook Hook) *rtnetlink.Request {
+	var protocol [2]byte
+	binary.BigEndian.PutUint16(protocol[:], unix.ETH_P_ALL)
+	info := netlink.MakeHandle(FilterPriority, binary.NativeEndian.Uint16(protocol[:]))
+	r := rtnetlink.NewRequest(unix.RTM_NEWTFILTER, unix.NLM_F_CREATE, trafficControl(ifindex, FilterHandle, hook.Parent, info))
+	r.String(attrKind, "bpf")
+	r.Nest(attrOptions, func() {
+		r.Uint32(attrBPFFD, uint32(hook.FD))
+		r.String(attrBPFName, "margay/"+hook.Program)
+		r.Uint32(attrBPFFlags, flagDirectVerdict)
+	})
+	return r
 }
 
 // Detach removes our programs from a device that stays. A missing device or filter is no error. It leaves the qdisc: removing it would remove

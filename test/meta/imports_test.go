@@ -26,7 +26,7 @@ var floors = map[string]int{
 	"pkg/health": 4,
 	"pkg/state":  3, "pkg/endpoint": 3, "pkg/pins": 3, "pkg/link": 3, "pkg/netfilter": 3, "pkg/netns": 3, "pkg/ipam": 3, "pkg/metrics": 3,
 	"pkg/bpf": 2, "pkg/bpf/object": 2,
-	"pkg/addr": 1, "pkg/dump": 1, "conf": 1,
+	"pkg/addr": 1, "pkg/dump": 1, "pkg/rtnetlink": 1, "pkg/jsonwrite": 1, "conf": 1,
 }
 
 // A ban forbids packages to import others, directly or through whatever they import.
