@@ -115,7 +115,7 @@ func collectNodes(m nodeMaps, names *flow.Names, devs devices) (nodeList, error)
 		flow.Entries(m.nodes, func(index uint32, v bpf.Node) bool {
 			if v.Addr != (bpf.Addr{}) {
 				n := node(index)
-				n.Tunnel, n.Local, n.MTU = v.Addr.Netip(), v.Local.Netip(), v.Mtu
+				n.Tunnel, n.Local, n.MTU = v.Addr.Netip(), v.Local.Netip(), uint32(v.Mtu)
 			}
 			return true
 		}),

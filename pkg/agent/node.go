@@ -4,6 +4,7 @@ package agent
 
 import (
 	"maps"
+	"math"
 	"net/netip"
 	"os"
 	"reflect"
@@ -51,7 +52,7 @@ func newNodeMaps(r *node.Result, local map[netip.Addr]uint32, serves func(netip.
 	}
 	if r != nil {
 		for i, t := range r.Tunnels {
-			w.nodes[uint32(i)] = bpf.Node{Addr: bpf.NewAddr(t.Remote), Local: bpf.NewAddr(t.Local), Mtu: uint32(t.MTU)}
+			w.nodes[uint32(i)] = bpf.Node{Addr: bpf.NewAddr(t.Remote), Local: bpf.NewAddr(t.Local), Mtu: uint16(min(t.MTU, math.MaxUint16))}
 		}
 		for p, route := range r.Routes {
 			w.routes[bpf.NewRouteKey(p)] = bpf.Route{Node: route.Node, Flags: routeFlags(route)}

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "ea4d284cbb0544e4cff4f6afaa5e9b68faf49def"
+const build = "b7785660ddcdc42457344c2f29ec5fff10ed949a"
