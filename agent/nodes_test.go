@@ -214,7 +214,7 @@ func TestDeviceMTUIsFollowed(t *testing.T) {
 			d, _ := networkOf(t, n)
 			file, _ := endpoint.ReadNode(n.Config.Run)
 			host, inside := mtu(follows)
-			return d.MTU == want && file.MTU == want && nodeEntry(t, n, 1).Mtu == uint32(want) && host == want && inside == want
+			return d.MTU == want && file.MTU == want && nodeEntry(t, n, 1).Mtu == uint16(want) && host == want && inside == want
 		})
 		if host, inside := mtu(fixed); host != was || inside != was {
 			t.Errorf("MTU of a pod whose MTU is configured = %d and %d, want %d as before", host, inside, was)

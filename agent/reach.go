@@ -18,7 +18,8 @@ import (
 func reachFlags(f *flag.FlagSet, o *options) {
 	r := &o.reach
 	*r = agent.Reach{
-		Mode: node.VXLAN, VXLANDevice: agent.DefaultVXLANDevice, VXLANPort: agent.DefaultVXLANPort, VXLANVNI: agent.DefaultVXLANVNI, Masquerade: true,
+		Mode: node.VXLAN, VXLANDevice: agent.DefaultVXLANDevice, VXLANPort: agent.DefaultVXLANPort, VXLANVNI: agent.DefaultVXLANVNI,
+		Encapsulation: agent.EncapsulationAuto, Masquerade: true,
 	}
 	f.Func("routing-mode", "how packets reach other nodes' pods: vxlan, direct or auto (default vxlan)", func(s string) (err error) {
 		r.Mode, err = node.ParseMode(s)
@@ -27,6 +28,10 @@ func reachFlags(f *flag.FlagSet, o *options) {
 	f.StringVar(&r.VXLANDevice, "vxlan-device", r.VXLANDevice, "name of the overlay device")
 	number(f, "vxlan-port", "UDP port of the overlay (default 8472)", 16, func(n uint64) { r.VXLANPort = uint16(n) })
 	number(f, "vxlan-vni", "first of the overlay's three network numbers (default 28000)", 24, func(n uint64) { r.VXLANVNI = uint32(n) })
+	f.Func("vxlan-encapsulation", "who encapsulates what pods send: auto, the programs where they can, or device, the overlay device (default auto)", func(s string) (err error) {
+		r.Encapsulation, err = agent.ParseEncapsulation(s)
+		return err
+	})
 	f.BoolVar(&r.Masquerade, "masquerade", r.Masquerade, "let pods' traffic to outside the cluster leave with this node's address")
 	f.Func("non-masquerade-cidrs", "comma-separated ranges outside the cluster to which pods keep their own address", func(s string) error {
 		return prefixes(s, &r.NonMasquerade)

@@ -259,6 +259,14 @@ struct {
 	__uint(max_entries, 262144);
 } events SEC(".maps");
 
+/* Identification of this CPU's next outer IPv4 header. By the programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} outer_ids SEC(".maps");
+
 /* How many events this CPU has written in the current second. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -25,7 +25,7 @@ static __always_inline int answer_node(struct __sk_buff *skb, struct pkt *p, int
 	ret = answer(skb, p, ret);
 	if (ret)
 		return ret;
-	return refused && p->vni == VNI_DSR ? answer_client(skb, p) : overlay_send(skb, p->in_node, p->vni, 0);
+	return refused && p->vni == VNI_DSR ? answer_client(skb, p) : overlay_send(skb, HOOK_FROM_OVERLAY, p->in_node, p->vni, 0);
 }
 
 static __always_inline int handle_from_overlay(struct __sk_buff *skb, struct pkt *p)

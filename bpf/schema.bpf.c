@@ -26,6 +26,7 @@ const enum policy_prefix *unused_policy_prefix SEC("unused");
 const enum policy_verdict *unused_policy_verdict SEC("unused");
 const enum policy_entry_flags *unused_policy_entry_flags SEC("unused");
 const enum route_flags *unused_route_flags SEC("unused");
+const enum node_tunnel_flags *unused_node_tunnel_flags SEC("unused");
 const enum overlay_vni *unused_overlay_vni SEC("unused");
 const enum backend_list *unused_backend_list SEC("unused");
 const enum service_backend_flags *unused_service_backend_flags SEC("unused");

@@ -227,8 +227,13 @@ enum node_addr_flags {
 struct node {
 	struct addr addr;  /* outer destination, and the only outer source that is believed; zero: no such node */
 	struct addr local; /* outer source: this node's address of the same family */
-	__u32 mtu;	   /* largest inner packet that fits the way there, bytes from the IP header */
-	__u32 reserved;
+	__u16 mtu;	   /* largest inner packet that fits the way there, bytes from the IP header */
+	__u16 flags;	   /* enum node_tunnel_flags */
+	__u32 ifindex;	   /* the programs encapsulate, and send by this device; only between IPv4 addresses; 0: the overlay device does it */
+};
+
+enum node_tunnel_flags {
+	NODE_ON_LINK = 1, /* with ifindex: addr is a neighbour's there; else the kernel's routes know the next hop */
 };
 
 struct route_key {

@@ -35,6 +35,8 @@ type nodeInfo struct {
 	Local  netip.Addr `json:"local,omitzero"`
 	// MTU is the largest packet that can be encapsulated on the way there, in bytes.
 	MTU uint32 `json:"mtu,omitempty"`
+	// Device is the underlay's device by which the programs send what they encapsulate; absent where the overlay device encapsulates.
+	Device string `json:"device,omitempty"`
 	// Modes are how its prefixes are reached: "overlay", "direct", or both.
 	Modes []string `json:"modes,omitempty"`
 	// PodCIDRs are the prefixes of its pods, with those of single pods outside its ranges.
@@ -115,7 +117,10 @@ func collectNodes(m nodeMaps, names *flow.Names, devs devices) (nodeList, error)
 		flow.Entries(m.nodes, func(index uint32, v bpf.Node) bool {
 			if v.Addr != (bpf.Addr{}) {
 				n := node(index)
-				n.Tunnel, n.Local, n.MTU = v.Addr.Netip(), v.Local.Netip(), v.Mtu
+				n.Tunnel, n.Local, n.MTU = v.Addr.Netip(), v.Local.Netip(), uint32(v.Mtu)
+				if v.Ifindex != 0 {
+					n.Device = devs.name(int(v.Ifindex))
+				}
 			}
 			return true
 		}),
@@ -218,16 +223,20 @@ func (l nodeList) print(w io.Writer) {
 		fmt.Fprintln(w, "no other nodes: the agent has not been told of any")
 		return
 	}
-	t := newTable(">INDEX", "NAME", "TUNNEL", "PODS", "MODE", ">MTU")
+	t := newTable(">INDEX", "NAME", "TUNNEL", "PODS", "MODE", "ENCAPSULATED BY", ">MTU")
 	for _, n := range l.Nodes {
-		tunnel, mtu := "", ""
+		tunnel, by, mtu := "", "", ""
 		if n.Tunnel.IsValid() {
-			tunnel = n.Tunnel.String()
+			tunnel, by = n.Tunnel.String(), "device"
+		}
+		if n.Device != "" {
+			by = "programs, " + n.Device
 		}
 		if n.MTU != 0 {
 			mtu = fmt.Sprint(n.MTU)
 		}
-		t.add(fmt.Sprint(n.Index), dash(n.Name), dash(tunnel), dash(shorten(texts(n.PodCIDRs), 3)), dash(strings.Join(n.Modes, ",")), dash(mtu))
+		t.add(fmt.Sprint(n.Index), dash(n.Name), dash(tunnel), dash(shorten(texts(n.PodCIDRs), 3)), dash(strings.Join(n.Modes, ",")), dash(by),
+			dash(mtu))
 	}
 	t.print(w)
 }

@@ -23,7 +23,7 @@ func TestNodes(t *testing.T) {
 		own := netip.PrefixFrom(n.client, n.client.BitLen()-8).Masked()
 		n.put(t, "routes", bpf.NewRouteKey(own), bpf.Route{Flags: bpf.RouteLocal})
 		n.put(t, "node_addrs", bpf.NewAddr(n.external), bpf.NodeAddrLocal|bpf.NodeAddrNodePort)
-		n.put(t, "nodes", uint32(2), bpf.Node{Addr: bpf.NewAddr(n.otherNode), Local: bpf.NewAddr(n.external), Mtu: 1430})
+		n.put(t, "nodes", uint32(2), bpf.Node{Addr: bpf.NewAddr(n.otherNode), Local: bpf.NewAddr(n.external), Mtu: 1430, Ifindex: loopback})
 		n.put(t, "node_state", uint32(0), bpf.NodeState{
 			Flags: bpf.NodeMasquerade, OverlayIfindex: loopback, Vni: 28000, OverlayPort: bpf.Port16(8472),
 		})

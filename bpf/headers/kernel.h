@@ -63,6 +63,11 @@ enum {
 #define BPF_F_ZERO_CSUM_TX (1ULL << 1)
 #define BPF_RB_NO_WAKEUP (1ULL << 0)
 #define BPF_ADJ_ROOM_MAC 1
+#define BPF_F_ADJ_ROOM_FIXED_GSO (1ULL << 0)
+#define BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 (1ULL << 1)
+#define BPF_F_ADJ_ROOM_ENCAP_L4_UDP (1ULL << 4)
+#define BPF_F_ADJ_ROOM_ENCAP_L2_ETH (1ULL << 6)	    /* 5.11 */
+#define BPF_F_ADJ_ROOM_ENCAP_L2(len) ((__u64)(len) << 56) /* bytes of the inner Ethernet header */
 #define BPF_F_INGRESS (1ULL << 0)
 #define BPF_F_INVALIDATE_HASH (1ULL << 1)
 
@@ -168,6 +173,15 @@ struct bpf_tunnel_key {
 /* Option of a VXLAN tunnel key: the group policy extension (draft-smith-vxlan-group-policy), 16 bits of it. */
 struct vxlan_metadata {
 	__u32 gbp;
+};
+
+/* Next hop of bpf_redirect_neigh, linux/bpf.h. */
+struct bpf_redir_neigh {
+	__u32 nh_family;
+	union {
+		__be32 ipv4_nh;
+		__be32 ipv6_nh[4];
+	};
 };
 
 struct bpf_fib_lookup {
@@ -310,6 +324,14 @@ struct tcphdr {
 #define TCP_SYN 0x02
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
+
+/* RFC 7348 §5, with the group policy extension (draft-smith-vxlan-group-policy §2.1). */
+struct vxlanhdr {
+	__u8 flags;
+	__u8 gbp_flags;
+	__be16 gbp;
+	__be32 vni; /* the upper 24 bits */
+};
 
 struct udphdr {
 	__be16 source;

@@ -128,7 +128,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 	if (f->action == FLOW_TO_NETDEV)
 		return to_netdev_device(skb, f);
 	if (f->action == FLOW_TO_NODE)
-		return overlay_forward(skb, f);
+		return overlay_forward(skb, f, hook);
 	if (f->action == FLOW_INTO_NETDEV)
 		return into_netdev(skb, f);
 	return -DROP_INVALID_CONFIG;

@@ -177,7 +177,8 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer conn.Close()
 	w := &nodeWatcher{
 		attach: cfg.Attach, links: cfg.Links, log: cfg.Log, devices: cfg.Devices, resync: cfg.Resync, records: newMailbox[[]*endpoint.Record](),
-		network: systemNetwork{conn}, rules: systemNetfilter{}, vxlan: cfg.Reach.device(cfg.Node), wants: newMailbox[*wantedNetwork](),
+		network: systemNetwork{conn}, rules: systemNetfilter{}, vxlan: cfg.Reach.device(cfg.Node), encapsulation: cfg.Reach.Encapsulation, routeTo: kernelRoute,
+		wants:   newMailbox[*wantedNetwork](),
 		publish: p.nodeIn.put, report: b.pods, read: readSurvey, now: time.Now, raise: cfg.Epochs.RaiseEndpointEpochs,
 	}
 	p.network = w.wants.put
@@ -198,6 +199,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	g.Go(func() error { return p.run(ctx) })
 	g.Go(func() error { return records.run(ctx) })
 	g.Go(func() error { return subscribe(ctx, changes, removals) })
+	g.Go(func() error { return subscribeTransforms(ctx, changes) })
 	g.Go(func() error { return w.run(ctx, changes, removals) })
 	g.Go(func() error { return sweep(ctx, o, cfg.Resync, b, cfg.Log) })
 	g.Go(func() error { return collectGarbage(ctx, &cfg, b, o) })

@@ -44,7 +44,7 @@ func labNode(i int) string { return fmt.Sprintf("node-%d", i) }
 func newFlowLab(t testing.TB) *flowLab {
 	t.Helper()
 	l := &flowLab{}
-	_, l.nodes[0], l.nodes[1] = progtest.NewCluster(t, nodetest.ClusterOptions{Direct: true})
+	_, l.nodes[0], l.nodes[1] = progtest.NewCluster(t, nodetest.ClusterOptions{Direct: true, Device: true})
 	l.nodes[0].ServeHost()
 	l.nodes[0].NS.Do(func() {
 		device, err := net.InterfaceByName(link.ServiceDevice)

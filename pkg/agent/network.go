@@ -17,6 +17,8 @@ type wantedNetwork struct {
 	// overlay is nil when there is to be none.
 	overlay *node.Overlay
 	routes  []node.KernelRoute
+	// tunnels are the ways to the other nodes, ordered by their numbers.
+	tunnels []node.Tunnel
 	// podMTU is that of pods' interfaces, bytes; 0 = not known.
 	podMTU int
 	// services are the routes to service addresses, nil before the services are known.

@@ -4,9 +4,11 @@ package agent
 
 import (
 	"maps"
+	"math"
 	"net/netip"
 	"os"
 	"reflect"
+	"slices"
 
 	"github.com/margay-cni/margay/pkg/bpf"
 	"github.com/margay-cni/margay/pkg/endpoint"
@@ -31,6 +33,8 @@ type nodeFacts struct {
 	overlayDevice *DeviceStatus
 	// host is the ifindex of the device by which the host's stack sends to services, 0 while nothing answers there.
 	host int
+	// underlay is how the programs send to other nodes what they encapsulate. A node that is not in it has not been looked up yet.
+	underlay map[tunnelEnds]underlayRoute
 	// problems are what keeps devices and kernel routes from being as wanted.
 	problems []string
 }
@@ -51,7 +55,7 @@ func newNodeMaps(r *node.Result, local map[netip.Addr]uint32, serves func(netip.
 	}
 	if r != nil {
 		for i, t := range r.Tunnels {
-			w.nodes[uint32(i)] = bpf.Node{Addr: bpf.NewAddr(t.Remote), Local: bpf.NewAddr(t.Local), Mtu: uint32(t.MTU)}
+			w.nodes[uint32(i)] = bpf.Node{Addr: bpf.NewAddr(t.Remote), Local: bpf.NewAddr(t.Local), Mtu: uint16(min(t.MTU, math.MaxUint16))}
 		}
 		for p, route := range r.Routes {
 			w.routes[bpf.NewRouteKey(p)] = bpf.Route{Node: route.Node, Flags: routeFlags(route)}
@@ -138,11 +142,21 @@ func (p *pipeline) wantNetwork(hold bool) {
 		return
 	}
 	p.networkOf = of
-	want := &wantedNetwork{overlay: r.Overlay, routes: r.KernelRoutes, podMTU: r.PodMTU, services: p.serviceRoutes(), hold: hold}
+	want := &wantedNetwork{
+		overlay: r.Overlay, routes: r.KernelRoutes, tunnels: sortedTunnels(r), podMTU: r.PodMTU, services: p.serviceRoutes(), hold: hold,
+	}
 	if !reflect.DeepEqual(want, p.wantedNetwork) {
 		p.wantedNetwork = want
 		p.network(want)
 	}
+}
+
+// sortedTunnels are the tunnels in the order of their nodes' numbers.
+func sortedTunnels(r *node.Result) (out []node.Tunnel) {
+	for _, i := range slices.Sorted(maps.Keys(r.Tunnels)) {
+		out = append(out, r.Tunnels[i])
+	}
+	return out
 }
 
 // nodesInUse are the numbers that the kernel's maps name.
@@ -188,6 +202,7 @@ func (p *pipeline) planNodes(hold bool) *nodePlan {
 	l := &nodePlan{
 		want: newNodeMaps(p.nodeResult, p.ownAddrs(), p.serves, p.facts.host), fingerprintMove: p.facts.routes != p.routes,
 	}
+	p.encapsulate(l.want.nodes)
 	l.nodesPut, l.nodesGone = p.m.nodes.plan(l.want.nodes, always, func(bpf.Node) bool { return !hold })
 	l.routesPut, l.routesGone = p.m.routes.plan(l.want.routes,
 		func(have, want bpf.Route) bool { return !hold || have.Node == want.Node }, func(bpf.Route) bool { return !hold })

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"reflect"
 	"slices"
 	"time"
@@ -75,6 +76,9 @@ type nodeWatcher struct {
 	// vxlan is the overlay device, without its MTU.
 	vxlan   link.VXLAN
 	network network
+	// encapsulation and routeTo, which asks the kernel's routes, say who encapsulates what pods send to other nodes.
+	encapsulation Encapsulation
+	routeTo       func(local, remote netip.Addr) ([]netlink.Route, error)
 	// rules is the node's netfilter; nil leaves it alone.
 	rules   notracker
 	resync  time.Duration
@@ -100,6 +104,8 @@ type nodeWatcher struct {
 	overlay int
 	// host is the index of link.HostDevice once the programs are where what is sent there arrives, 0 = not so; hostPeer of its other end.
 	host, hostPeer int
+	// under is how the programs reach the other nodes.
+	under underlay
 	// overlayErr, routesErr, hostErr and mtuErrs are what keeps the network from being as wanted.
 	overlayErr, routesErr, hostErr error
 	mtuErrs                        []string
@@ -202,7 +208,7 @@ func (w *nodeWatcher) survey(verify bool) bool {
 	}
 	facts := nodeFacts{
 		addrs: addrs, routes: s.fingerprint(), devices: chosen, machine: machine, overlay: w.overlay, host: w.host,
-		overlayDevice: w.overlayStatus(s), problems: w.networkProblems(), ordered: s.ordered(chosen),
+		underlay: w.readUnderlay(s), overlayDevice: w.overlayStatus(s), problems: w.networkProblems(), ordered: s.ordered(chosen),
 	}
 	facts.problems = append(facts.problems, w.notrackProblems()...)
 	if !reflect.DeepEqual(facts, w.last) {

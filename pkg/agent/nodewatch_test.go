@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/pkg/endpoint"
 )
@@ -50,7 +52,8 @@ func watchRig(f fakeAttacher) (*nodeWatcher, *survey, *time.Time, *[]nodeFacts) 
 		attach: f, log: slog.New(slog.DiscardHandler), attached: map[int]string{}, seen: map[int]time.Time{},
 		read: func() (*survey, error) { return net, nil }, now: func() time.Time { return clock },
 		publish: func(n nodeFacts) { *published = append(*published, n) }, report: func([]string) {},
-		raise: func(...int) error { return nil },
+		raise:   func(...int) error { return nil },
+		routeTo: func(_, _ netip.Addr) ([]netlink.Route, error) { return nil, unix.ENETUNREACH },
 	}
 	return w, net, &clock, published
 }

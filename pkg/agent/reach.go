@@ -31,6 +31,8 @@ type Reach struct {
 	VXLANDevice string
 	VXLANPort   uint16
 	VXLANVNI    uint32
+	// Encapsulation says who encapsulates; default EncapsulationAuto.
+	Encapsulation Encapsulation
 	// Masquerade makes pods' traffic to outside leave with this node's address, but for destinations in NonMasquerade. Egress says with which,
 	// instead of the default.
 	Masquerade    bool
@@ -44,8 +46,12 @@ func (r *Reach) validate() error {
 	r.VXLANDevice = cmp.Or(r.VXLANDevice, DefaultVXLANDevice)
 	r.VXLANPort = cmp.Or(r.VXLANPort, DefaultVXLANPort)
 	r.VXLANVNI = cmp.Or(r.VXLANVNI, DefaultVXLANVNI)
+	r.Encapsulation = cmp.Or(r.Encapsulation, EncapsulationAuto)
 	var errs []error
 	if _, err := node.ParseMode(string(r.Mode)); err != nil {
+		errs = append(errs, err)
+	}
+	if _, err := ParseEncapsulation(string(r.Encapsulation)); err != nil {
 		errs = append(errs, err)
 	}
 	if n := r.VXLANDevice; len(n) > 15 || strings.ContainsAny(n, "/: \t\n") || n == "." || n == ".." || isPodDevice(n) {

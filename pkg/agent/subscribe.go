@@ -44,6 +44,34 @@ func subscribe(ctx context.Context, changes mailbox[struct{}], removals chan<- i
 	}
 }
 
+// subscribeTransforms tells of every change of an xfrm policy, until ctx ends. A kernel without xfrm has nothing to tell.
+func subscribeTransforms(ctx context.Context, changes mailbox[struct{}]) error {
+	s, err := nl.Subscribe(unix.NETLINK_XFRM, nl.XFRMNLGRP_POLICY)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("subscribe to changes of xfrm policies: %w", err)
+	}
+	stop := context.AfterFunc(ctx, s.Close)
+	defer func() {
+		if stop() {
+			s.Close()
+		}
+	}()
+	for {
+		_, _, err := s.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err == nil, errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.EINTR):
+			changes.put(struct{}{})
+		default:
+			return fmt.Errorf("receive changes of xfrm policies: %w", err)
+		}
+	}
+}
+
 // distribute passes on which devices lost a filter or a qdisc, and tells whether there was news of anything but traffic control.
 func distribute(messages []syscall.NetlinkMessage, removals chan<- int) (other bool) {
 	for _, m := range messages {

@@ -48,6 +48,8 @@ type survey struct {
 	nodeRoutes map[link.NodeRoute]bool
 	// serviceRoutes are those to service addresses, by the device that they lead into.
 	serviceRoutes map[int]map[link.ServiceRoute]bool
+	// transforms says that there are xfrm policies, narrowRules that a routing rule does not hold for all packets between two addresses.
+	transforms, narrowRules bool
 }
 
 // podDevicePrefix begins the name of every host-side device that Margay makes.
@@ -66,7 +68,7 @@ func (systemHost) Devices() (map[int]string, error) {
 	return names, nil
 }
 
-// readSurvey reads devices, addresses, routes and rules of the network namespace. Routes to our own pods are left out: the endpoints map
+// readSurvey reads devices, addresses, routes and rules of the network namespace, and whether it has xfrm policies. Routes to our own pods are left out: the endpoints map
 // decides about those, and a pod's start must not send every flow of the node through the slow path.
 func readSurvey() (*survey, error) {
 	links, err := dump.Whole(netlink.LinkList)
@@ -109,8 +111,12 @@ func readSurvey() (*survey, error) {
 	}
 	for _, r := range rules {
 		s.routes = append(s.routes, fmt.Sprintf("rule %+v", r))
+		s.narrowRules = s.narrowRules || isNarrow(r)
 	}
 	slices.Sort(s.routes)
+	if s.transforms, err = hasTransforms(); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -136,7 +142,7 @@ func (s *survey) addRoute(r netlink.Route, byIndex map[int]*device) {
 		hops = r.MultiPath
 	}
 	var line strings.Builder
-	fmt.Fprintf(&line, "route %d %v table %d type %d metric %d src %v", r.Family, r.Dst, r.Table, r.Type, r.Priority, r.Src)
+	fmt.Fprintf(&line, "route %d %v table %d type %d metric %d src %v mtu %d encap %v", r.Family, r.Dst, r.Table, r.Type, r.Priority, r.Src, r.MTU, r.Encap)
 	podOnly := r.Protocol == link.RouteProtocol
 	for _, h := range hops {
 		d := byIndex[h.LinkIndex]

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "06b9a00367cf911978a07a2e4976ff75faf49def"
+const build = "a591a01cea0b34af560579ac1d60d06c10ed949a"

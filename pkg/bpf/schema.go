@@ -376,11 +376,12 @@ type dpNewFlow struct {
 }
 
 type dpNode struct {
-	_        structs.HostLayout
-	Addr     dpAddr
-	Local    dpAddr
-	Mtu      uint32
-	Reserved uint32
+	_       structs.HostLayout
+	Addr    dpAddr
+	Local   dpAddr
+	Mtu     uint16
+	Flags   uint16
+	Ifindex uint32
 }
 
 type dpNodeAddrFlags uint32
@@ -410,6 +411,12 @@ type dpNodeState struct {
 	Reserved       uint16
 	HostIfindex    uint32
 }
+
+type dpNodeTunnelFlags uint32
+
+const (
+	dpNodeTunnelFlagsNODE_ON_LINK dpNodeTunnelFlags = 1
+)
 
 type dpOverlayVni uint32
 

@@ -81,6 +81,8 @@ const (
 	// NodeAddrIndexShift is where a node_addrs value has the other node's index of the map nodes.
 	NodeAddrIndexShift = 16
 
+	NodeOnLink = uint16(dpNodeTunnelFlagsNODE_ON_LINK)
+
 	RouteOverlay      = uint16(dpRouteFlagsROUTE_OVERLAY)
 	RouteLocal        = uint16(dpRouteFlagsROUTE_LOCAL)
 	RouteNoMasquerade = uint16(dpRouteFlagsROUTE_NO_MASQUERADE)

@@ -36,13 +36,18 @@ func addNodePort(c *nodetest.Cluster, flags uint32, pod *nodetest.Pod, v6 bool) 
 func TestRow14_SegmentedDatagrams(t *testing.T) {
 	t.Parallel()
 	const segment, perSend, sends = 1200, 10, 40
-	for name, flags := range map[string]uint32{"tunnel": 0, "dsr": bpf.ServiceDSR} {
+	for name, tc := range map[string]struct {
+		flags uint32
+		opts  nodetest.ClusterOptions
+	}{
+		"tunnel": {}, "dsr": {flags: bpf.ServiceDSR}, "by the device": {opts: nodetest.ClusterOptions{Device: true}},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c := nodetest.NewCluster(t, 2, nodetest.ClusterOptions{})
+			c := nodetest.NewCluster(t, 2, tc.opts)
 			b := c.Nodes[1].AddPod("b")
 			families(t, func(t *testing.T, v6 bool) {
-				addNodePort(c, flags, b, v6)
+				addNodePort(c, tc.flags, b, v6)
 				var server net.PacketConn
 				b.NS.Do(func() {
 					var err error

@@ -15,13 +15,14 @@ import (
 	"github.com/margay-cni/margay/pkg/bpf"
 )
 
-// outers are the families of the overlay, and the MTU that it leaves of 1500.
+// outers are the families of the overlay and who encapsulates, and the MTU that is left of 1500.
 var outers = []struct {
 	name string
 	opts nodetest.ClusterOptions
 	mtu  int
 }{
 	{"overlay over IPv4", nodetest.ClusterOptions{}, 1450},
+	{"overlay over IPv4, by the device", nodetest.ClusterOptions{Device: true}, 1450},
 	{"overlay over IPv6", nodetest.ClusterOptions{OuterV6: true}, 1430},
 }
 

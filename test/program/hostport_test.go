@@ -108,7 +108,7 @@ func TestM3_HostPortOnLoopbackIsTheNodesOwn(t *testing.T) {
 // The port is this node's: a pod that asks another node for it is not served here.
 func TestM3_HostPortIsOfOneNode(t *testing.T) {
 	t.Parallel()
-	_, f, _ := progtest.NewCluster(t, nodetest.ClusterOptions{})
+	_, f, _ := progtest.NewCluster(t, nodetest.ClusterOptions{Device: true})
 	for i, all := range unspecified {
 		addHostPort(t, f, at(all, hostPortNumber), at(f.B.Addr(i == 1), podPort))
 	}

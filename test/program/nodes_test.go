@@ -107,7 +107,7 @@ func entryOf(t *testing.T, f *progtest.Fixture, overlay uint32, k bpf.FlowKey) *
 // backend, and from where the answers come. With direct return there is no entry for answers.
 func TestForwardedClient(t *testing.T) {
 	t.Parallel()
-	c, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{Direct: true})
+	c, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{Direct: true, Device: true})
 	var state bpf.NodeState
 	must(t, n0.DP.Maps.NodeState.Lookup(uint32(0), &state))
 	node1 := uint16(nodetest.NodeIndex(n1.Node))
@@ -155,7 +155,7 @@ func TestForwardedClient(t *testing.T) {
 // TestOverlayNeedsMetadata: a frame on the overlay device without an outer header is believed by nobody.
 func TestOverlayNeedsMetadata(t *testing.T) {
 	t.Parallel()
-	c, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{})
+	c, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{Device: true})
 	overlay := progtest.Hook{Program: bpf.ProgFromOverlay, Ifindex: n0.ClientDevice}
 	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
 		for _, kind := range kinds {

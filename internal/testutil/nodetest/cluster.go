@@ -35,6 +35,8 @@ type ClusterOptions struct {
 	Direct bool
 	// OuterV6 makes IPv6 the family of the overlay's outer header.
 	OuterV6 bool
+	// Device leaves it to the overlay device to encapsulate. It always does with OuterV6; otherwise the programs do.
+	Device bool
 }
 
 // Cluster is some nodes, each on a network of its own, joined by the external host, which routes between them:
@@ -136,9 +138,11 @@ func (n *Node) addPeer(other *Node, overlay int, opts ClusterOptions) {
 	if opts.OuterV6 {
 		family = 1
 	}
-	n.Put(n.DP.Maps.Nodes, index, bpf.Node{
-		Addr: bpf.NewAddr(other.Addrs[family]), Local: bpf.NewAddr(n.Addrs[family]), Mtu: uint32(1500 - outerSize(opts)),
-	})
+	to := bpf.Node{Addr: bpf.NewAddr(other.Addrs[family]), Local: bpf.NewAddr(n.Addrs[family]), Mtu: uint16(1500 - outerSize(opts))}
+	if !opts.Device && !opts.OuterV6 {
+		to.Ifindex = uint32(n.ClientDevice)
+	}
+	n.Put(n.DP.Maps.Nodes, index, to)
 	flags, via := bpf.NodeAddrRemote|bpf.NodeAddrNodePort|index<<bpf.NodeAddrIndexShift, bpf.Route{Node: uint16(index)}
 	if !opts.Direct {
 		flags |= bpf.NodeAddrOverlay

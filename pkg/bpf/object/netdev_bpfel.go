@@ -34,6 +34,7 @@ const (
 	netdevMapNodeAddrs       = "node_addrs"
 	netdevMapNodeState       = "node_state"
 	netdevMapNodes           = "nodes"
+	netdevMapOuterIds        = "outer_ids"
 	netdevMapPending         = "pending"
 	netdevMapPolicy          = "policy"
 	netdevMapReservedPorts   = "reserved_ports"
@@ -122,6 +123,7 @@ type netdevMapSpecs struct {
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
+	OuterIds        *ebpf.MapSpec `ebpf:"outer_ids"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
@@ -182,6 +184,7 @@ type netdevMaps struct {
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
+	OuterIds        *ebpf.Map `ebpf:"outer_ids"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
@@ -214,6 +217,7 @@ func (m *netdevMaps) Close() error {
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
+		m.OuterIds,
 		m.Pending,
 		m.Policy,
 		m.ReservedPorts,

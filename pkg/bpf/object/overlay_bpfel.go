@@ -34,6 +34,7 @@ const (
 	overlayMapNodeAddrs       = "node_addrs"
 	overlayMapNodeState       = "node_state"
 	overlayMapNodes           = "nodes"
+	overlayMapOuterIds        = "outer_ids"
 	overlayMapPending         = "pending"
 	overlayMapPolicy          = "policy"
 	overlayMapReservedPorts   = "reserved_ports"
@@ -120,6 +121,7 @@ type overlayMapSpecs struct {
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
+	OuterIds        *ebpf.MapSpec `ebpf:"outer_ids"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
@@ -180,6 +182,7 @@ type overlayMaps struct {
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
+	OuterIds        *ebpf.Map `ebpf:"outer_ids"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
@@ -212,6 +215,7 @@ func (m *overlayMaps) Close() error {
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
+		m.OuterIds,
 		m.Pending,
 		m.Policy,
 		m.ReservedPorts,

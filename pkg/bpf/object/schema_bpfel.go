@@ -384,11 +384,12 @@ type dpNewFlow struct {
 }
 
 type dpNode struct {
-	_        structs.HostLayout
-	Addr     dpAddr
-	Local    dpAddr
-	Mtu      uint32
-	Reserved uint32
+	_       structs.HostLayout
+	Addr    dpAddr
+	Local   dpAddr
+	Mtu     uint16
+	Flags   uint16
+	Ifindex uint32
 }
 
 type dpNodeAddrFlags uint32
@@ -418,6 +419,12 @@ type dpNodeState struct {
 	Reserved       uint16
 	HostIfindex    uint32
 }
+
+type dpNodeTunnelFlags uint32
+
+const (
+	dpNodeTunnelFlagsNODE_ON_LINK dpNodeTunnelFlags = 1
+)
 
 type dpOverlayVni uint32
 
@@ -610,6 +617,7 @@ const (
 	dpMapNodeAddrs       = "node_addrs"
 	dpMapNodeState       = "node_state"
 	dpMapNodes           = "nodes"
+	dpMapOuterIds        = "outer_ids"
 	dpMapPending         = "pending"
 	dpMapPolicy          = "policy"
 	dpMapReservedPorts   = "reserved_ports"
@@ -688,6 +696,7 @@ type dpMapSpecs struct {
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
+	OuterIds        *ebpf.MapSpec `ebpf:"outer_ids"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
@@ -744,6 +753,7 @@ type dpMaps struct {
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
+	OuterIds        *ebpf.Map `ebpf:"outer_ids"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
@@ -776,6 +786,7 @@ func (m *dpMaps) Close() error {
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
+		m.OuterIds,
 		m.Pending,
 		m.Policy,
 		m.ReservedPorts,

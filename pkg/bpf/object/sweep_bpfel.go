@@ -34,6 +34,7 @@ const (
 	sweepMapNodeAddrs       = "node_addrs"
 	sweepMapNodeState       = "node_state"
 	sweepMapNodes           = "nodes"
+	sweepMapOuterIds        = "outer_ids"
 	sweepMapPending         = "pending"
 	sweepMapPolicy          = "policy"
 	sweepMapReservedPorts   = "reserved_ports"
@@ -116,6 +117,7 @@ type sweepMapSpecs struct {
 	NodeAddrs       *ebpf.MapSpec `ebpf:"node_addrs"`
 	NodeState       *ebpf.MapSpec `ebpf:"node_state"`
 	Nodes           *ebpf.MapSpec `ebpf:"nodes"`
+	OuterIds        *ebpf.MapSpec `ebpf:"outer_ids"`
 	Pending         *ebpf.MapSpec `ebpf:"pending"`
 	Policy          *ebpf.MapSpec `ebpf:"policy"`
 	ReservedPorts   *ebpf.MapSpec `ebpf:"reserved_ports"`
@@ -172,6 +174,7 @@ type sweepMaps struct {
 	NodeAddrs       *ebpf.Map `ebpf:"node_addrs"`
 	NodeState       *ebpf.Map `ebpf:"node_state"`
 	Nodes           *ebpf.Map `ebpf:"nodes"`
+	OuterIds        *ebpf.Map `ebpf:"outer_ids"`
 	Pending         *ebpf.Map `ebpf:"pending"`
 	Policy          *ebpf.Map `ebpf:"policy"`
 	ReservedPorts   *ebpf.Map `ebpf:"reserved_ports"`
@@ -204,6 +207,7 @@ func (m *sweepMaps) Close() error {
 		m.NodeAddrs,
 		m.NodeState,
 		m.Nodes,
+		m.OuterIds,
 		m.Pending,
 		m.Policy,
 		m.ReservedPorts,
