@@ -161,6 +161,12 @@ struct bpf_fib_lookup {
 	__u8 dmac[6];
 };
 
+/* bpf_redirect_neigh, linux/bpf.h. IPv4: the address is the first word. */
+struct bpf_redir_neigh {
+	__u32 nh_family;
+	__be32 ipv6_nh[4];
+};
+
 /* A socket, linux/bpf.h, as far as it is read here. */
 struct bpf_sock {
 	__u32 bound_dev_if;

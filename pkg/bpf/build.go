@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "ea4d284cbb0544e4cff4f6afaa5e9b68faf49def"
+const build = "efad818eb1d1e77a7736817461265bc227f67c90"
