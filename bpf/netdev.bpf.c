@@ -126,7 +126,7 @@ static __always_inline int handle_host_flow(struct __sk_buff *skb, struct pkt *p
 		return may_open(p) ? open_from_host(skb, p) : TC_ACT_OK;
 	if (!flow_sender_matches(skb, p, f, HOOK_TO_NETDEV))
 		return TC_ACT_OK;
-	if (unlikely(pkt_opens_tcp(p) || !flow_is_current(f)))
+	if (unlikely(pkt_opens_tcp(p) || !flow_is_current(f) || next_hop_changed(skb, p, f)))
 		return connect(skb, p, f);
 	flow_note_packet(f, p);
 	return forward(skb, p, f, HOOK_TO_NETDEV);

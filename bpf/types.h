@@ -164,7 +164,10 @@ struct flow {
 	__be16 backend_port;	/* with backend */
 	__u32 csum_diff;	/* with FLOW_NAT: one's complement difference of the addresses */
 	struct flow_key xlate;	/* the tuple after translation; equals the key without FLOW_NAT */
-	struct addr backend;	/* with FLOW_FORWARDED and FLOW_SERVICE: chosen here, translated to by out_node; else zero */
+	union {
+		struct addr backend;  /* with backend_port: FLOW_FORWARDED and FLOW_SERVICE: chosen here, translated to by out_node */
+		struct addr next_hop; /* without, with FLOW_TO_NETDEV: neighbour that its packets go to; zero: the kernel looks it up */
+	};
 	__u32 rule_id;		/* rule that allowed, or with FLOW_DENIED denied, it; 0 = no policy */
 	__u16 in_node;		/* with FLOW_IN_OVERLAY: index of nodes */
 	__u16 out_node;		/* with FLOW_TO_NODE: index of nodes */
@@ -346,6 +349,7 @@ struct new_flow {
 	struct flow entry;    /* the one being written */
 	struct endpoint src;  /* ifindex 0: no pod of this node */
 	struct endpoint dst;
+	struct addr next_hop[2]; /* neighbour that they go to, as in struct flow */
 	struct addr backend;  /* with FLOW_FORWARDED, on the node that forwards: chosen here; else zero */
 	__u32 affinity;	      /* seconds for which the client is to have the backend again; 0: nothing to remember */
 	__u32 out_ifindex[2]; /* where the opener's packets, and the answers, leave: device, 0 = not known yet */

@@ -99,6 +99,7 @@ static __always_inline int recall_tuples(struct __sk_buff *skb, const struct pkt
 		nf->out_node[i] = 0;
 		nf->in_node[i] = 0;
 		nf->mtu[i] = 0;
+		nf->next_hop[i] = none;
 	}
 	nf->fwd = p->key;
 	nf->post = p->key;
@@ -113,8 +114,9 @@ static __always_inline int recall_tuples(struct __sk_buff *skb, const struct pkt
 	nf->known = 1;
 	nf->flags = f->flags & (FLOW_SERVICE | FLOW_VIA_STACK | FLOW_VIA_HOST | FLOW_FROM_HOST | FLOW_FORWARDED | FLOW_DSR | FLOW_MASQUERADE |
 				FLOW_TO_MAC);
-	nf->backend = f->backend;
 	nf->backend_port = f->backend_port;
+	if (f->backend_port)
+		nf->backend = f->backend;
 	if (nf->flags & FLOW_SERVICE) {
 		nf->service_id = f->service_id;
 		nf->service_epoch = epoch;
@@ -241,8 +243,8 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 	f->in_node = nf->in_node[direction & 1];
 	f->out_node = nf->out_node[direction & 1];
 	f->mtu = nf->mtu[direction & 1];
-	f->backend = nf->backend;
 	f->backend_port = nf->backend_port;
+	f->backend = nf->backend_port ? nf->backend : nf->next_hop[direction & 1];
 	f->endpoint_epoch[0] = judged_epoch(nf, f->in_ifindex);
 	f->action = nf->action[direction & 1];
 	f->endpoint_epoch[1] = judged_epoch(nf, flow_out_slot(f));

@@ -57,7 +57,7 @@ static __always_inline int handle_flow(struct __sk_buff *skb, struct pkt *p, enu
 {
 	struct flow *f = bpf_map_lookup_elem(&flows, &p->key);
 
-	if (unlikely(!f || pkt_opens_tcp(p) || !flow_is_current(f) || !flow_sender_matches(skb, p, f, hook)))
+	if (unlikely(!f || pkt_opens_tcp(p) || !flow_is_current(f) || !flow_sender_matches(skb, p, f, hook) || next_hop_changed(skb, p, f)))
 		return connect(skb, p, f);
 	if (unlikely(f->flags & FLOW_DENIED))
 		return denied(p, f);

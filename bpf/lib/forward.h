@@ -4,6 +4,7 @@
 /* Carrying out what a flow entry says. */
 
 #include "nat.h"
+#include "nexthop.h"
 #include "overlay.h"
 #include "toobig.h"
 
@@ -70,7 +71,7 @@ static __always_inline int to_netdev_device(struct __sk_buff *skb, const struct 
 	int ret;
 
 	if (!(f->flags & FLOW_TO_MAC))
-		return bpf_redirect_neigh(f->out_ifindex, NULL, 0, 0);
+		return next_hop_redirect(f);
 	ret = mac_rewrite(skb, f);
 	return ret ? ret : bpf_redirect(f->out_ifindex, 0);
 }

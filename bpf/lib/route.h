@@ -10,25 +10,6 @@
 #define FORWARD 0
 #define REPLY 1
 
-static __always_inline void fib_addrs(struct bpf_fib_lookup *fib, const struct addr *src, const struct addr *dst)
-{
-	if (addr_is_v4(dst)) {
-		fib->family = AF_INET;
-		fib->src[0] = src->w[3];
-		fib->dst[0] = dst->w[3];
-	} else {
-		fib->family = AF_INET6;
-		__builtin_memcpy(fib->src, src->w, 16);
-		__builtin_memcpy(fib->dst, dst->w, 16);
-	}
-}
-
-/* The route leads out of a device. The packet at hand may be too large for it: forward compares every one with the entry's MTU. */
-static __always_inline int fib_leads_out(long ret)
-{
-	return ret == BPF_FIB_LKUP_RET_SUCCESS || ret == BPF_FIB_LKUP_RET_NO_NEIGH || ret == BPF_FIB_LKUP_RET_FRAG_NEEDED;
-}
-
 /* The device towards an address outside this node's pods, by the kernel's routes. */
 static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *nf)
 {
@@ -48,6 +29,7 @@ static __always_inline int route_lookup(struct __sk_buff *skb, struct new_flow *
 			return -DROP_SERVICE_UNKNOWN_PORT;
 		nf->action[FORWARD] = FLOW_TO_NETDEV;
 		nf->out_ifindex[FORWARD] = fib.ifindex;
+		fib_next_hop(&fib, ret, &nf->next_hop[FORWARD]);
 		return 0;
 	}
 	if (ret == BPF_FIB_LKUP_RET_NOT_FWDED) {
@@ -100,19 +82,25 @@ static __always_inline int way_from_pod(struct __sk_buff *skb, struct new_flow *
  * The device by which the kernel would send to the client of a forwarded flow; 0: none. The client as the backend sees it: this node, led
  * back to itself by another one's NodePort, sees that node.
  */
-static __always_inline __u32 device_to_client(struct __sk_buff *skb, const struct new_flow *nf)
+static __always_inline __u32 device_to_client(struct __sk_buff *skb, const struct new_flow *nf, struct addr *hop)
 {
 	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
+	long ret;
 
 	fib_addrs(&fib, &nf->fwd.dst, &nf->post.src);
-	return fib_leads_out(bpf_fib_lookup(skb, &fib, sizeof(fib), 0)) ? fib.ifindex : 0;
+	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	if (!fib_leads_out(ret))
+		return 0;
+	if (hop)
+		fib_next_hop(&fib, ret, hop);
+	return fib.ifindex;
 }
 
 /* To a backend that is this node itself, for a client whose packets another node has forwarded. */
 static __always_inline int way_into_stack(struct __sk_buff *skb, struct new_flow *nf)
 {
 	nf->action[FORWARD] = FLOW_INTO_NETDEV;
-	nf->out_ifindex[FORWARD] = device_to_client(skb, nf);
+	nf->out_ifindex[FORWARD] = device_to_client(skb, nf, NULL);
 	return nf->out_ifindex[FORWARD] ? 0 : -DROP_NO_ROUTE;
 }
 
@@ -177,8 +165,22 @@ static __always_inline int choose_forward(struct __sk_buff *skb, struct new_flow
 static __always_inline int way_to_client(struct __sk_buff *skb, struct new_flow *nf)
 {
 	nf->action[REPLY] = FLOW_TO_NETDEV;
-	nf->out_ifindex[REPLY] = device_to_client(skb, nf);
+	nf->out_ifindex[REPLY] = device_to_client(skb, nf, &nf->next_hop[REPLY]);
 	return nf->out_ifindex[REPLY] ? 0 : -DROP_NO_ROUTE;
+}
+
+/* Does the kernel's route to the client lead out of the device that the answers have? Notes the next hop there. */
+static __always_inline int route_back(struct __sk_buff *skb, struct new_flow *nf)
+{
+	struct bpf_fib_lookup fib = {.ifindex = nf->out_ifindex[REPLY], .l4_protocol = nf->fwd.proto};
+	long ret;
+
+	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
+	ret = bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT);
+	if (!fib_leads_out(ret) || fib.ifindex != nf->out_ifindex[REPLY])
+		return 0;
+	fib_next_hop(&fib, ret, &nf->next_hop[REPLY]);
+	return 1;
 }
 
 /*
@@ -188,12 +190,10 @@ static __always_inline int way_to_client(struct __sk_buff *skb, struct new_flow 
  */
 static __always_inline int way_back(struct __sk_buff *skb, struct new_flow *nf)
 {
-	struct bpf_fib_lookup fib = {.ifindex = skb->ifindex, .l4_protocol = nf->fwd.proto};
 	struct ethhdr *eth;
 
 	nf->out_ifindex[REPLY] = skb->ifindex;
-	fib_addrs(&fib, &nf->fwd.dst, &nf->fwd.src);
-	if (fib_leads_out(bpf_fib_lookup(skb, &fib, sizeof(fib), BPF_FIB_LOOKUP_OUTPUT)) && fib.ifindex == skb->ifindex)
+	if (route_back(skb, nf))
 		return 0;
 	eth = pkt_at(skb, 0, sizeof(*eth));
 	if (!eth)
@@ -234,7 +234,10 @@ static __always_inline int choose_reply(struct __sk_buff *skb, struct new_flow *
 		return nf->flags & FLOW_DSR ? way_to_client(skb, nf) : way_to_node(nf, REPLY, nf->in_node[FORWARD]);
 	/* By the device that the opener came in on, whatever the routes say. */
 	nf->action[REPLY] = FLOW_TO_NETDEV;
-	return nf->reply ? 0 : way_back(skb, nf);
+	if (!nf->reply)
+		return way_back(skb, nf);
+	route_back(skb, nf);
+	return 0;
 }
 
 /*

@@ -137,7 +137,7 @@ func (d *device) addAddress(ip netip.Addr, a netlink.Addr) {
 
 // addRoute takes a route into the fingerprint's lines and notes who has a default route.
 func (s *survey) addRoute(r netlink.Route, byIndex map[int]*device) {
-	hops := []*netlink.NexthopInfo{{LinkIndex: r.LinkIndex, Gw: r.Gw}}
+	hops := []*netlink.NexthopInfo{{LinkIndex: r.LinkIndex, Gw: r.Gw, Via: r.Via}}
 	if len(r.MultiPath) > 0 {
 		hops = r.MultiPath
 	}
@@ -154,7 +154,7 @@ func (s *survey) addRoute(r netlink.Route, byIndex map[int]*device) {
 		if r.Table == unix.RT_TABLE_MAIN && isDefault(r) && r.Type == unix.RTN_UNICAST {
 			d.defaultRoute = true
 		}
-		fmt.Fprintf(&line, " via %v dev %d mtu %d", h.Gw, h.LinkIndex, d.mtu)
+		fmt.Fprintf(&line, " via %v %v dev %d mtu %d", h.Gw, h.Via, h.LinkIndex, d.mtu) // Via: a gateway of the other family
 	}
 	if r.Protocol == link.ServiceRouteProtocol {
 		s.addServiceRoute(r)

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"testing"
 
@@ -83,6 +84,32 @@ func TestFingerprintKnowsMTUs(t *testing.T) {
 	}
 	if of("eth0", 1500, link.NodeRouteProtocol) == (&survey{}).fingerprint() {
 		t.Errorf("fingerprint does not know a route to another node")
+	}
+}
+
+func TestFingerprintKnowsGateways(t *testing.T) {
+	of := func(r netlink.Route) string {
+		s := &survey{nodeRoutes: map[link.NodeRoute]bool{}}
+		s.addRoute(r, map[int]*device{2: {index: 2, name: "eth0", mtu: 1500}})
+		return s.fingerprint()
+	}
+	via := func(a string) *netlink.Via { return &netlink.Via{AddrFamily: unix.AF_INET6, Addr: net.ParseIP(a)} }
+	for name, pair := range map[string][2]netlink.NexthopInfo{
+		"IPv4":                    {{Gw: net.ParseIP("192.0.2.1")}, {Gw: net.ParseIP("192.0.2.2")}},
+		"IPv6":                    {{Gw: net.ParseIP("fe80::1")}, {Gw: net.ParseIP("fe80::2")}},
+		"IPv4 by an IPv6 gateway": {{Via: via("fe80::1")}, {Via: via("fe80::2")}},
+	} {
+		single := func(h netlink.NexthopInfo) string { return of(netlink.Route{LinkIndex: 2, Gw: h.Gw, Via: h.Via}) }
+		if single(pair[0]) == single(pair[1]) {
+			t.Errorf("%s: fingerprint does not change with the gateway", name)
+		}
+		multi := func(h netlink.NexthopInfo) string {
+			h.LinkIndex = 2
+			return of(netlink.Route{MultiPath: []*netlink.NexthopInfo{{LinkIndex: 2}, &h}})
+		}
+		if multi(pair[0]) == multi(pair[1]) {
+			t.Errorf("%s: fingerprint does not change with one of two gateways", name)
+		}
 	}
 }
 

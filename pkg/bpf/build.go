@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "a591a01cea0b34af560579ac1d60d06c10ed949a"
+const build = "92a58433038078ec5cb28c5a0d0960a333999097"

@@ -352,6 +352,7 @@ type dpNewFlow struct {
 	Entry         dpFlow
 	Src           dpEndpoint
 	Dst           dpEndpoint
+	NextHop       [2]dpAddr
 	Backend       dpAddr
 	Affinity      uint32
 	OutIfindex    [2]uint32

@@ -93,6 +93,7 @@ func TestMasquerade(t *testing.T) {
 				key(open): {
 					InIfindex: uint32(f.A.Ifindex), OutIfindex: uint32(f.ClientDevice), InMac: [6]byte(f.A.MAC), Action: bpf.FlowToNetdev, Mtu: 1500,
 					Tcp: seen, Flags: bpf.FlowInPod | bpf.FlowNAT | bpf.FlowMasquerade, Xlate: key(left),
+					Backend: bpf.NewAddr(outside(v6).Addr()), // the next hop: it is on the link
 				},
 				key(left).Reverse(): {
 					OutIfindex: uint32(f.A.Ifindex), DstMac: [6]byte(f.A.MAC), SrcMac: [6]byte(f.A.HostMAC), Action: bpf.FlowToPod,
