@@ -3,13 +3,14 @@
 package conf_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -19,7 +20,6 @@ import (
 
 	"github.com/margay-cni/margay/conf"
 	"github.com/margay-cni/margay/internal/testutil/privileged"
-	"github.com/margay-cni/margay/pkg/cni"
 	"github.com/margay-cni/margay/pkg/ipam"
 	"github.com/margay-cni/margay/pkg/manifest"
 	"github.com/margay-cni/margay/pkg/node"
@@ -187,12 +187,21 @@ func TestKubernetesConflistTakesTheNodesRanges(t *testing.T) {
 	}
 }
 
-// TestConflistServes: the plugin finds nothing wrong with the shipped file on this machine.
+// TestConflistServes: the plugin, its loader beside it as installed, finds nothing wrong with the shipped file on this machine.
 func TestConflistServes(t *testing.T) {
 	privileged.Require(t)
-	args := &cni.Args{StdinData: plugin(t, t.TempDir())}
-	if err := cni.New(io.Discard).Status(t.Context(), args); err != nil {
-		t.Errorf("STATUS = %v, want success", err)
+	dir := t.TempDir()
+	for name, source := range map[string]string{"margay": "plugin", "margay-loader": "plugin/loader"} {
+		build := exec.Command("go", "build", "-o", filepath.Join(dir, name), "github.com/margay-cni/margay/"+source)
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("build %s: %v\n%s", name, err, out)
+		}
+	}
+	status := exec.Command(filepath.Join(dir, "margay"))
+	status.Env = []string{"CNI_COMMAND=STATUS", "CNI_PATH=" + dir}
+	status.Stdin = bytes.NewReader(plugin(t, t.TempDir()))
+	if out, err := status.CombinedOutput(); err != nil {
+		t.Errorf("STATUS = %v, want success\n%s", err, out)
 	}
 }
 
