@@ -66,12 +66,15 @@ static __always_inline int to_host_device(struct __sk_buff *skb, const struct fl
 	return ret ? ret : bpf_redirect(f->out_ifindex, BPF_F_INGRESS);
 }
 
-static __always_inline int to_netdev_device(struct __sk_buff *skb, const struct flow *f)
+static __always_inline int to_netdev_device(struct __sk_buff *skb, const struct flow *f, enum hook hook)
 {
 	int ret;
 
-	if (!(f->flags & FLOW_TO_MAC))
+	if (!(f->flags & FLOW_TO_MAC)) {
+		if (hook == HOOK_FROM_OVERLAY && !flow_knows_next_hop(f))
+			return overlay_redirect(skb, &f->xlate, f->out_ifindex);
 		return next_hop_redirect(f);
+	}
 	ret = mac_rewrite(skb, f);
 	return ret ? ret : bpf_redirect(f->out_ifindex, 0);
 }
@@ -127,7 +130,7 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt *p, const s
 	if (f->action == FLOW_TO_POD)
 		return to_pod_device(skb, f);
 	if (f->action == FLOW_TO_NETDEV)
-		return to_netdev_device(skb, f);
+		return to_netdev_device(skb, f, hook);
 	if (f->action == FLOW_TO_NODE)
 		return overlay_forward(skb, f, hook);
 	if (f->action == FLOW_INTO_NETDEV)

@@ -90,6 +90,12 @@ static __always_inline int next_hop_changed(struct __sk_buff *skb, const struct 
 	return unlikely(f->tick != (__u16)now_tick()) && next_hop_is_another(skb, &p->key, f);
 }
 
+/* The entry has one that this tick has confirmed. An ICMP error is no packet of the flow, and confirms nothing. */
+static __always_inline int flow_knows_next_hop(const struct flow *f)
+{
+	return !f->backend_port && f->tick == (__u16)now_tick() && !addr_is_unspecified(&f->next_hop);
+}
+
 /* Sends the packet out of the entry's device. Not inlined: its frame would be one too many in 6.1. */
 __noinline int next_hop_redirect(const struct flow *f)
 {
@@ -97,8 +103,7 @@ __noinline int next_hop_redirect(const struct flow *f)
 
 	if (!f)
 		return -DROP_INVALID_CONFIG;
-	/* An ICMP error is no packet of the flow, and confirms nothing. */
-	if (f->backend_port || f->tick != (__u16)now_tick() || addr_is_unspecified(&f->next_hop))
+	if (!flow_knows_next_hop(f))
 		return bpf_redirect_neigh(f->out_ifindex, NULL, 0, 0);
 	if (addr_is_v4(&f->next_hop)) {
 		to.nh_family = AF_INET;
@@ -108,4 +113,40 @@ __noinline int next_hop_redirect(const struct flow *f)
 		__builtin_memcpy(to.ipv6_nh, f->next_hop.w, 16);
 	}
 	return bpf_redirect_neigh(f->out_ifindex, &to, sizeof(to), 0);
+}
+
+/* A lookup's result, where the next hop that it names is the helper's argument already: 6.1 has no stack for both. */
+union next_hop_lookup {
+	struct bpf_fib_lookup fib;
+	struct {
+		__u32 before[7];
+		struct bpf_redir_neigh hop;
+	};
+};
+
+_Static_assert(offsetof(union next_hop_lookup, hop.ipv6_nh) == offsetof(union next_hop_lookup, fib.dst), "the next hop is elsewhere");
+
+/*
+ * The same for a packet that came through the overlay, where nobody knows the next hop: by a lookup of its own. The packet's outer header is in
+ * the place of a route. Without a next hop bpf_redirect_neigh puts a route there and does not give the other back: kernels of before October
+ * 2025 lose memory with every such packet.
+ */
+__noinline int overlay_redirect(struct __sk_buff *skb, const struct flow_key *to, __u32 ifindex)
+{
+	union next_hop_lookup l = {};
+	__u32 family;
+	long ret;
+
+	if (!to)
+		return -DROP_INVALID_CONFIG;
+	l.fib.ifindex = ifindex;
+	l.fib.l4_protocol = to->proto;
+	fib_addrs(&l.fib, &to->src, &to->dst);
+	ret = bpf_fib_lookup(skb, &l.fib, sizeof(l.fib), BPF_FIB_LOOKUP_OUTPUT);
+	/* Such as a device without link layer, which may want the route with the packet. */
+	if (!fib_leads_out(ret) || l.fib.ifindex != ifindex || (ret != BPF_FIB_LKUP_RET_NO_NEIGH && !fib_has_mac(&l.fib)))
+		return bpf_redirect_neigh(ifindex, NULL, 0, 0);
+	family = l.fib.family;
+	l.hop.nh_family = family;
+	return bpf_redirect_neigh(ifindex, &l.hop, sizeof(l.hop), 0);
 }

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "92a58433038078ec5cb28c5a0d0960a333999097"
+const build = "8a0bcfbe2196b9b81db14b6adc20611933999097"

@@ -231,3 +231,23 @@ func TestNextHop(t *testing.T) {
 		}
 	})
 }
+
+// TestAnswersThroughTheOverlayHaveANextHop: what the entry node sends on to a client goes to a next hop by name. Without one, older kernels do not
+// give the packet's outer header back (overlay_redirect). Which way it went shows by an xfrm policy: the kernel's own lookup would obey it.
+func TestAnswersThroughTheOverlayHaveANextHop(t *testing.T) {
+	t.Parallel()
+	forwarded(t, 0, func(t *testing.T, c *nodetest.Cluster, b *nodetest.Pod, at netip.AddrPort, _ int) {
+		nodetest.Serve(t, b.NS, "b", 8080)
+		client := clientOf(at.Addr().Is6())
+		// The neighbour is resolved: an unresolved one has no next hop in any entry.
+		got, err := nodetest.Ask(t, c.Client, "udp", at)
+		wantAnswer(t, "without a policy", got, err, "b "+client.String())
+		block := fmt.Sprintf("xfrm policy %%s dir out src %s dst %s", at.Addr(), client)
+		ip(t, c.Nodes[0].NS, fmt.Sprintf(block+" action block", "add"))
+		defer ip(t, c.Nodes[0].NS, fmt.Sprintf(block, "delete"))
+		for _, network := range []string{"udp", "tcp"} {
+			got, err := nodetest.Ask(t, c.Client, network, at)
+			wantAnswer(t, network+" with a policy that blocks", got, err, "b "+client.String())
+		}
+	})
+}
