@@ -20,6 +20,30 @@ func subscribe(ctx context.Context, changes mailbox[struct{}], removals chan<- i
 	if err != nil {
 		return fmt.Errorf("subscribe to changes of the network: %w", err)
 	}
+	return receiveAll(ctx, s, func(messages []syscall.NetlinkMessage, lost bool) {
+		if lost {
+			tellRemoved(removals, 0)
+		}
+		if distribute(messages, removals) || lost {
+			changes.put(struct{}{})
+		}
+	})
+}
+
+// subscribeTransforms tells of every change of an xfrm policy, until ctx ends. A kernel without xfrm has nothing to tell.
+func subscribeTransforms(ctx context.Context, changes mailbox[struct{}]) error {
+	s, err := nl.Subscribe(unix.NETLINK_XFRM, nl.XFRMNLGRP_POLICY)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("subscribe to changes of xfrm policies: %w", err)
+	}
+	return receiveAll(ctx, s, func([]syscall.NetlinkMessage, bool) { changes.put(struct{}{}) })
+}
+
+// receiveAll passes on what the socket says, and when messages may be lost, until ctx ends. It closes the socket.
+func receiveAll(ctx context.Context, s *nl.NetlinkSocket, tell func(messages []syscall.NetlinkMessage, lost bool)) error {
 	stop := context.AfterFunc(ctx, s.Close)
 	defer func() {
 		if stop() {
@@ -32,42 +56,11 @@ func subscribe(ctx context.Context, changes mailbox[struct{}], removals chan<- i
 		case ctx.Err() != nil:
 			return nil
 		case err == nil:
-			if distribute(messages, removals) {
-				changes.put(struct{}{})
-			}
+			tell(messages, false)
 		case errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.EINTR):
-			changes.put(struct{}{})
-			tellRemoved(removals, 0)
+			tell(nil, true)
 		default:
-			return fmt.Errorf("receive changes of the network: %w", err)
-		}
-	}
-}
-
-// subscribeTransforms tells of every change of an xfrm policy, until ctx ends. A kernel without xfrm has nothing to tell.
-func subscribeTransforms(ctx context.Context, changes mailbox[struct{}]) error {
-	s, err := nl.Subscribe(unix.NETLINK_XFRM, nl.XFRMNLGRP_POLICY)
-	if errors.Is(err, unix.EPROTONOSUPPORT) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("subscribe to changes of xfrm policies: %w", err)
-	}
-	stop := context.AfterFunc(ctx, s.Close)
-	defer func() {
-		if stop() {
-			s.Close()
-		}
-	}()
-	for {
-		_, _, err := s.Receive()
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err == nil, errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.EINTR):
-			changes.put(struct{}{})
-		default:
-			return fmt.Errorf("receive changes of xfrm policies: %w", err)
+			return fmt.Errorf("receive changes from the kernel: %w", err)
 		}
 	}
 }

@@ -48,8 +48,10 @@ type survey struct {
 	nodeRoutes map[link.NodeRoute]bool
 	// serviceRoutes are those to service addresses, by the device that they lead into.
 	serviceRoutes map[int]map[link.ServiceRoute]bool
-	// transforms says that there are xfrm policies, narrowRules that a routing rule does not hold for all packets between two addresses.
-	transforms, narrowRules bool
+	// transforms is errTransforms where there are xfrm policies, another error where nobody knows, else nil.
+	transforms error
+	// narrowRules says that a routing rule does not hold for all packets between two addresses.
+	narrowRules bool
 }
 
 // podDevicePrefix begins the name of every host-side device that Margay makes.
@@ -114,9 +116,7 @@ func readSurvey() (*survey, error) {
 		s.narrowRules = s.narrowRules || isNarrow(r)
 	}
 	slices.Sort(s.routes)
-	if s.transforms, err = hasTransforms(); err != nil {
-		return nil, err
-	}
+	s.transforms = findTransforms()
 	return s, nil
 }
 

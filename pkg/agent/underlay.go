@@ -121,8 +121,8 @@ func (w *nodeWatcher) underlayTo(s *survey, t node.Tunnel) (underlayRoute, error
 	switch {
 	case w.encapsulation == EncapsulationDevice:
 		return underlayRoute{}, errByFlag
-	case s.transforms:
-		return underlayRoute{}, errTransforms
+	case s.transforms != nil:
+		return underlayRoute{}, s.transforms
 	case s.narrowRules:
 		return underlayRoute{}, errRules
 	case !t.Remote.Is4():
@@ -161,30 +161,31 @@ func isNarrow(r netlink.Rule) bool {
 		(r.Dport != nil || r.Sport != nil || r.IPProto != 0 || r.UIDRange != nil || r.Tos != 0 || r.TunID != 0 || r.OifName != "")
 }
 
-// hasTransforms says whether the network namespace has xfrm policies (IPsec). A kernel without xfrm has none.
-func hasTransforms() (bool, error) {
+// findTransforms returns errTransforms where the network namespace has xfrm policies (IPsec), and another error where the kernel does not
+// say. A kernel without xfrm has none.
+func findTransforms() error {
 	req := nl.NewNetlinkRequest(nl.XFRM_MSG_GETSPDINFO, 0)
 	req.AddRawData(make([]byte, 4)) // flags, of which there are none
 	messages, err := req.Execute(unix.NETLINK_XFRM, nl.XFRM_MSG_NEWSPDINFO)
 	if errors.Is(err, unix.EPROTONOSUPPORT) {
-		return false, nil
+		return nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("count xfrm policies: %w", err)
+		return fmt.Errorf("count xfrm policies: %w", err)
 	}
 	for _, m := range messages {
 		attributes, err := nl.ParseRouteAttr(m[min(4, len(m)):])
 		if err != nil {
-			return false, fmt.Errorf("count xfrm policies: %w", err)
+			return fmt.Errorf("count xfrm policies: %w", err)
 		}
 		for _, a := range attributes {
 			// struct xfrmu_spdinfo: six counts, by direction, of policies and of those of sockets.
 			if a.Attr.Type == spdInfo && slices.ContainsFunc(a.Value, func(b byte) bool { return b != 0 }) {
-				return true, nil
+				return errTransforms
 			}
 		}
 	}
-	return false, nil
+	return nil
 }
 
 // spdInfo is XFRMA_SPD_INFO of linux/xfrm.h.

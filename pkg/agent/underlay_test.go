@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -39,7 +40,8 @@ func TestWhoEncapsulates(t *testing.T) {
 		{name: "behind a router", change: func(_ *nodeWatcher, _ *survey, r *netlink.Route) { r.Gw = net.IPv4(192, 0, 2, 254) }, want: routed},
 		{name: "a route with an MTU that fits", change: func(_ *nodeWatcher, _ *survey, r *netlink.Route) { r.MTU = 1500 }, want: onLink},
 		{name: "the flag", change: func(w *nodeWatcher, _ *survey, _ *netlink.Route) { w.encapsulation = EncapsulationDevice }},
-		{name: "xfrm policies", change: func(_ *nodeWatcher, s *survey, _ *netlink.Route) { s.transforms = true }},
+		{name: "xfrm policies", change: func(_ *nodeWatcher, s *survey, _ *netlink.Route) { s.transforms = errTransforms }},
+		{name: "xfrm policies that nobody knows of", change: func(_ *nodeWatcher, s *survey, _ *netlink.Route) { s.transforms = unix.EPERM }},
 		{name: "a rule by ports", change: func(_ *nodeWatcher, s *survey, _ *netlink.Route) { s.narrowRules = true }},
 		{name: "outer IPv6", change: func(w *nodeWatcher, _ *survey, _ *netlink.Route) { w.want.tunnels = []node.Tunnel{tunnel6} }},
 		{name: "no route", change: func(w *nodeWatcher, _ *survey, _ *netlink.Route) {
@@ -116,12 +118,12 @@ func TestUnderlayIsFollowed(t *testing.T) {
 			t.Errorf("%s changed, and nobody asked for the route", tc.what)
 		}
 	}
-	n.transforms = true
+	n.transforms = errTransforms
 	w.survey(false)
 	if got := facts().underlay[ends]; got != (underlayRoute{}) {
 		t.Errorf("underlay with xfrm policies = %+v, want none", got)
 	}
-	n.transforms = false
+	n.transforms = nil
 	w.survey(false)
 	if got := facts().underlay[ends]; got.device != 2 {
 		t.Errorf("underlay without them again = %+v, want by device 2", got)
@@ -200,7 +202,7 @@ func TestSurveyNotesRulesAndTransforms(t *testing.T) {
 		t.Helper()
 		ns.Do(func() {
 			s, err := readSurvey()
-			if err != nil || s.transforms != transforms || s.narrowRules != narrow {
+			if err != nil || errors.Is(s.transforms, errTransforms) != transforms || s.narrowRules != narrow {
 				t.Fatalf("%s: %+v, %v, want xfrm policies: %v, narrow rules: %v", what, s, err, transforms, narrow)
 			}
 		})
