@@ -97,12 +97,12 @@ func (t *tcx) detach(ifindex int) error {
 	return errors.Join(errs...)
 }
 
-// devices makes host-side devices as pods have them.
-func devices(b *testing.B, n *nodetest.Node) []int {
+// devices makes host-side devices as pods have them. Deleting one deletes its other end.
+func devices(b *testing.B, n *nodetest.Node, count int) []int {
 	b.Helper()
 	var indexes []int
 	n.NS.Do(func() {
-		for i := range pods {
+		for i := range count {
 			attrs := netlink.NewLinkAttrs()
 			attrs.Name = fmt.Sprintf("host%d", i)
 			veth := netlink.NewVeth(attrs)
@@ -123,7 +123,7 @@ func devices(b *testing.B, n *nodetest.Node) []int {
 // BenchmarkAttach: one iteration attaches both programs to 50 devices. p50 and slowest are of one device, in milliseconds.
 func BenchmarkAttach(b *testing.B) {
 	n := nodetest.New(b)
-	indexes := devices(b, n)
+	indexes := devices(b, n, pods)
 	for _, k := range kinds(b, n) {
 		for _, way := range []struct {
 			name string

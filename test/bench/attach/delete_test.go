@@ -4,7 +4,6 @@ package attach
 
 import (
 	"errors"
-	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -46,28 +45,17 @@ func BenchmarkDelete(b *testing.B) {
 // deleteAll makes devices and returns how long it takes until they are gone, all at once.
 func deleteAll(b *testing.B, n *nodetest.Node, t *tcx, links, count int) float64 {
 	b.Helper()
-	var devices []netlink.Link
+	indexes := devices(b, n, count)
 	var attached []link.Link
 	n.NS.Do(func() {
-		for i := range count {
-			attrs := netlink.NewLinkAttrs()
-			attrs.Name = fmt.Sprintf("gone%d", i)
-			veth := netlink.NewVeth(attrs)
-			veth.PeerName = fmt.Sprintf("gonepeer%d", i)
-			if err := netlink.LinkAdd(veth); err != nil {
-				b.Fatal(err)
-			}
-			l, err := netlink.LinkByName(attrs.Name)
-			if err != nil {
-				b.Fatal(err)
-			}
-			if err := n.DP.AttachPod(l.Attrs().Index); err != nil {
+		for _, index := range indexes {
+			if err := n.DP.AttachPod(index); err != nil {
 				b.Fatal(err)
 			}
 			for _, o := range []link.TCXOptions{
 				{Program: t.fromPod, Attach: ebpf.AttachTCXIngress}, {Program: t.toPod, Attach: ebpf.AttachTCXEgress},
 			}[:links] {
-				o.Interface = l.Attrs().Index
+				o.Interface = index
 				made, err := link.AttachTCX(o)
 				if errors.Is(err, ebpf.ErrNotSupported) {
 					b.Skip("this kernel has no tcx")
@@ -77,19 +65,18 @@ func deleteAll(b *testing.B, n *nodetest.Node, t *tcx, links, count int) float64
 				}
 				attached = append(attached, made)
 			}
-			devices = append(devices, l)
 		}
 	})
 	var ready, done sync.WaitGroup
 	start := make(chan struct{})
 	errs := make([]error, count)
-	for i, l := range devices {
+	for i, index := range indexes {
 		ready.Add(1)
 		done.Go(func() {
 			n.NS.Do(func() {
 				ready.Done()
 				<-start
-				errs[i] = netlink.LinkDel(l)
+				errs[i] = netlink.LinkDel(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}})
 			})
 		})
 	}
