@@ -109,8 +109,8 @@ struct flow_key {
 enum flow_action {
 	FLOW_TO_STACK = 1, /* the host's own stack */
 	FLOW_TO_POD = 2,   /* MACs, then bpf_redirect_peer(out_ifindex) */
-	FLOW_TO_NETDEV = 3, /* bpf_redirect_neigh(out_ifindex), next hop by the kernel's route */
-	FLOW_TO_NODE = 4,   /* encapsulated to out_node, by the overlay device out_ifindex */
+	FLOW_TO_NETDEV = 3, /* bpf_redirect_neigh(out_ifindex), to next_hop or by the kernel's route */
+	FLOW_TO_NODE = 4,   /* encapsulated to out_node, by the programs or by the overlay device out_ifindex */
 	FLOW_INTO_NETDEV = 5, /* the host's own stack, as if it had come in by out_ifindex */
 	FLOW_TO_HOST = 6,   /* MACs, then the host's own stack, as the answer to what it sent by out_ifindex */
 };

@@ -46,7 +46,8 @@ func (p *Pods) hooks() []Hook {
 }
 
 // Attach puts the programs on a device, in the calling thread's network namespace. An older build's programs are replaced without a gap. It
-// takes one netlink message, and one for each program, and waits for no grace period: docs/design/0003-attach.md.
+// takes one netlink message, and one for each program, which waits for an expedited grace period where the qdisc is new:
+// docs/design/0003-attach.md.
 func Attach(ifindex int, hooks ...Hook) (err error) {
 	s, err := rtnetlink.Open(-1)
 	if err != nil {
