@@ -112,6 +112,39 @@ func transmitted(t *testing.T, n *nodetest.Node) (packets uint64) {
 	return packets
 }
 
+// TestTheNodesOwnAnswersGoByTheDevice: what the node's stack sends has a route already, which older kernels do not give back when the programs
+// send it on by another (overlay_send). A pod's answers beside it go by the programs.
+func TestTheNodesOwnAnswersGoByTheDevice(t *testing.T) {
+	t.Parallel()
+	c := nodetest.NewCluster(t, 2, nodetest.ClusterOptions{})
+	n0, n1 := c.Nodes[0], c.Nodes[1]
+	pod := n1.AddPod("b")
+	nodetest.Serve(t, pod.NS, "pod", 8080)
+	nodetest.Serve(t, n1.NS, "node", 8080)
+	families(t, func(t *testing.T, v6 bool) {
+		unspecified := family([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, v6)
+		for port, tc := range map[uint16]struct {
+			server netip.Addr
+			name   string
+			device bool
+		}{30080: {pod.Addr(v6), "pod", false}, 30081: {family(n1.Addrs, v6), "node", true}} {
+			for network, proto := range protocols {
+				id := uint32(port) - 30000 + uint32(proto)*4
+				if v6 {
+					id += 2
+				}
+				c.AddService(id, bpf.NewFrontendKey(proto, unspecified, port), 0, netip.AddrPortFrom(tc.server, 8080))
+				before := transmitted(t, n1)
+				got, err := nodetest.Ask(t, c.Client, network, netip.AddrPortFrom(family(n0.Addrs, v6), port))
+				wantAnswer(t, network+" to the "+tc.name, got, err, tc.name+" "+clientOf(v6).String())
+				if packets := transmitted(t, n1) - before; (packets > 0) != tc.device {
+					t.Errorf("%s: the device has encapsulated %d packets of the %s's answers, want some: %v", network, packets, tc.name, tc.device)
+				}
+			}
+		}
+	})
+}
+
 // withTOS is the packet with this type of service or traffic class.
 func withTOS(p pkt.Packet, tos byte) []byte {
 	frame := p.Bytes()
