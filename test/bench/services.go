@@ -44,8 +44,8 @@ func benchServices(ctx context.Context, b *bench) (err error) {
 	return nil
 }
 
-// choose says who takes part. kube-proxy takes half a minute to install 10 000 services of two families with nftables: that is for the long
-// form. With iptables it takes minutes.
+// choose says who takes part. kube-proxy takes half a minute to two minutes to install 10 000 services of two families with nftables: that is for
+// the long form. With iptables it takes minutes.
 func (l *serviceLab) choose() {
 	nftables, iptables := l.proxies[0], l.proxies[1]
 	l.entries = []casting{{l.margay, 1}, {nftables, 1000}, {l.margay, 10_000}, {l.margay, 1000}}
