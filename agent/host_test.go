@@ -89,6 +89,14 @@ func TestV15_AgentServesTheHost(t *testing.T) {
 				t.Fatalf("%s: %v", what, err)
 			}
 		})
+		// The agent's tcx links answer meanwhile. What stays when they end with the agent are the filters.
+		eventually(t, "the filters after "+what, func() (ok bool) {
+			n.NS.Do(func() {
+				pair, err := netlink.LinkByName(link.ServiceDevice)
+				ok = err == nil && n.DP.HostAttached(pair.Attrs().Index) == nil
+			})
+			return ok
+		})
 		eventually(t, "an answer after "+what, asked)
 	}
 
