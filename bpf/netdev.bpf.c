@@ -2,6 +2,7 @@
 
 /* The two programs on each of the node's network devices. */
 
+#include "lib/decapsulate.h"
 #include "lib/icmp.h"
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
@@ -47,10 +48,12 @@ static __always_inline int handle_from_netdev(struct __sk_buff *skb, struct pkt 
 		return handle_icmp_error(skb, p);
 	if (p->kind == PKT_FRAGMENT)
 		ret = handle_fragment(skb, p, HOOK_FROM_NETDEV);
-	else if (p->kind == PKT_FLOW && !(is_overlay(p) && (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL)))
-		ret = handle_flow(skb, p, HOOK_FROM_NETDEV);
-	else
+	else if (p->kind != PKT_FLOW)
 		return TC_ACT_OK;
+	else if (is_overlay(p) && (node_addr_flags_of(&p->key.dst) & NODE_ADDR_LOCAL))
+		return decapsulate(skb, p);
+	else
+		ret = handle_flow(skb, p, HOOK_FROM_NETDEV);
 	/* Nobody is told about a later fragment (RFC 1122 §3.2.2). */
 	if (!has_answer(ret) || p->frag == FRAG_LATER)
 		return ret;

@@ -139,6 +139,7 @@ enum flow_tcp {
 	FLOW_TCP_FIN = 2,
 	FLOW_TCP_RST = 4,
 	FLOW_TCP_ESTABLISHED = 8, /* something beyond the SYN passed */
+	FLOW_TCP_BULK = 16, /* in this tick segments came through the overlay that the receiver has put together */
 };
 
 /*

@@ -63,9 +63,13 @@ enum {
 #define BPF_F_ZERO_CSUM_TX (1ULL << 1)
 #define BPF_RB_NO_WAKEUP (1ULL << 0)
 #define BPF_ADJ_ROOM_MAC 1
+#define BPF_CSUM_LEVEL_DEC 2
 #define BPF_F_ADJ_ROOM_FIXED_GSO (1ULL << 0)
 #define BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 (1ULL << 1)
 #define BPF_F_ADJ_ROOM_ENCAP_L4_UDP (1ULL << 4)
+#define BPF_F_ADJ_ROOM_NO_CSUM_RESET (1ULL << 5)
+#define BPF_F_ADJ_ROOM_DECAP_L3_IPV4 (1ULL << 7) /* 6.3 */
+#define BPF_F_ADJ_ROOM_DECAP_L3_IPV6 (1ULL << 8)
 #define BPF_F_ADJ_ROOM_ENCAP_L2_ETH (1ULL << 6)	    /* 5.11 */
 #define BPF_F_ADJ_ROOM_ENCAP_L2(len) ((__u64)(len) << 56) /* bytes of the inner Ethernet header */
 #define BPF_F_INGRESS (1ULL << 0)
@@ -124,6 +128,7 @@ struct __sk_buff {
  */
 struct sk_buff {
 	__u8 ip_summed : 2; /* enum ip_summed */
+	__u8 encapsulation : 1; /* inner_* say where the headers in the tunnel are */
 } __attribute__((preserve_access_index));
 
 /* How the transport checksum in a packet stands, linux/skbuff.h. */

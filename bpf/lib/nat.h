@@ -50,19 +50,28 @@ static __always_inline __u32 l4_csum_off(__u8 proto)
 }
 
 #define CHECKSUM_UNKNOWN 4
+#define FIELD_UNKNOWN ~0ULL
 
-/* enum ip_summed, or CHECKSUM_UNKNOWN: struct __sk_buff does not have it, and before 6.2 or without BTF there is no way to the kernel's own. */
+/* A bit field of the kernel's own packet; unknown before 6.2 or without BTF. */
+#define skb_field(skb, field)                                                                                                              \
+	({                                                                                                                                 \
+		struct sk_buff *own = NULL;                                                                                                \
+		__u64 bits = FIELD_UNKNOWN;                                                                                                \
+		if (bpf_cast_to_kern_ctx && __builtin_preserve_field_info(own->field, FIELD_EXISTS)) {                                     \
+			own = bpf_cast_to_kern_ctx(skb);                                                                                   \
+			bits = *((__u8 *)own + __builtin_preserve_field_info(own->field, FIELD_BYTE_OFFSET));                              \
+			bits <<= __builtin_preserve_field_info(own->field, FIELD_LSHIFT_U64);                                              \
+			bits >>= __builtin_preserve_field_info(own->field, FIELD_RSHIFT_U64);                                              \
+		}                                                                                                                          \
+		bits;                                                                                                                      \
+	})
+
+/* enum ip_summed, or CHECKSUM_UNKNOWN: struct __sk_buff does not have it. */
 static __always_inline __u32 checksum_kind(struct __sk_buff *skb)
 {
-	struct sk_buff *own = NULL;
-	__u64 bits;
+	__u64 kind = skb_field(skb, ip_summed);
 
-	if (!bpf_cast_to_kern_ctx || !__builtin_preserve_field_info(own->ip_summed, FIELD_EXISTS))
-		return CHECKSUM_UNKNOWN;
-	own = bpf_cast_to_kern_ctx(skb);
-	bits = *((__u8 *)own + __builtin_preserve_field_info(own->ip_summed, FIELD_BYTE_OFFSET));
-	bits <<= __builtin_preserve_field_info(own->ip_summed, FIELD_LSHIFT_U64);
-	return bits >> __builtin_preserve_field_info(own->ip_summed, FIELD_RSHIFT_U64);
+	return kind == FIELD_UNKNOWN ? CHECKSUM_UNKNOWN : kind;
 }
 
 /* What the new ports add to a checksum. An echo identifier stands once in the packet, and twice in the tuple. */

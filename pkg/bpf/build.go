@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "8a0bcfbe2196b9b81db14b6adc20611933999097"
+const build = "3a753095bca34251856ed13f8a6d3c5633999097"

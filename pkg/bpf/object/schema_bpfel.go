@@ -251,6 +251,7 @@ const (
 	dpFlowTcpFLOW_TCP_FIN         dpFlowTcp = 2
 	dpFlowTcpFLOW_TCP_RST         dpFlowTcp = 4
 	dpFlowTcpFLOW_TCP_ESTABLISHED dpFlowTcp = 8
+	dpFlowTcpFLOW_TCP_BULK        dpFlowTcp = 16
 )
 
 type dpFragmentKey struct {
