@@ -28,7 +28,7 @@ func reachFlags(f *flag.FlagSet, o *options) {
 	f.StringVar(&r.VXLANDevice, "vxlan-device", r.VXLANDevice, "name of the overlay device")
 	number(f, "vxlan-port", "UDP port of the overlay (default 8472)", 16, func(n uint64) { r.VXLANPort = uint16(n) })
 	number(f, "vxlan-vni", "first of the overlay's three network numbers (default 28000)", 24, func(n uint64) { r.VXLANVNI = uint32(n) })
-	f.Func("vxlan-encapsulation", "who encapsulates what pods send: auto, the programs where they can, or device, the overlay device (default auto)", func(s string) (err error) {
+	f.Func("vxlan-encapsulation", "who encapsulates what pods send, and decapsulates: auto, the programs where they can, or device, the overlay device (default auto)", func(s string) (err error) {
 		r.Encapsulation, err = agent.ParseEncapsulation(s)
 		return err
 	})

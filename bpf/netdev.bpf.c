@@ -7,7 +7,7 @@
 
 const char gpl_compatible[] SEC("license") = "Dual BSD/GPL";
 
-/* An outer header of the overlay: the kernel's device takes it, and from_overlay judges what is in it, or it made it. */
+/* An outer header of the overlay. */
 static __always_inline int is_overlay(const struct pkt *p)
 {
 	struct node_state *s = node_settings();

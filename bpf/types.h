@@ -233,7 +233,7 @@ struct node {
 	struct addr local; /* outer source: this node's address of the same family */
 	__u16 mtu;	   /* largest inner packet that fits the way there, bytes from the IP header */
 	__u16 flags;	   /* enum node_tunnel_flags */
-	__u32 ifindex;	   /* the programs encapsulate, and send by this device; only between IPv4 addresses; 0: the overlay device does it */
+	__u32 ifindex;	   /* the programs encapsulate and decapsulate, by this device; only between IPv4 addresses; 0: the overlay device does it */
 };
 
 enum node_tunnel_flags {

@@ -2,9 +2,9 @@
 #pragma once
 
 /*
- * The overlay between nodes. What comes in the kernel's VXLAN device decapsulates, in collect-metadata mode: we read each packet's outer
- * addresses and network number. What goes out the programs encapsulate themselves where the agent has found that nothing speaks against it
- * (struct node); the rest they hand to the device, with the same as metadata. On the wire both are alike.
+ * The overlay between nodes. What goes out the programs encapsulate themselves where the agent has found that nothing speaks against it
+ * (struct node); the rest they hand to the kernel's VXLAN device, in collect-metadata mode, with outer addresses and network number as
+ * metadata. On the wire both are alike. What the device decapsulates has the same metadata; known flows do without (decapsulate.h).
  */
 
 #include "lb.h"

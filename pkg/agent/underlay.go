@@ -19,10 +19,10 @@ import (
 	"github.com/margay-cni/margay/pkg/node"
 )
 
-// Encapsulation says who writes the outer headers of what pods send to other nodes through the overlay.
+// Encapsulation says who writes the outer headers of what pods send to other nodes through the overlay, and who takes those of known flows off.
 type Encapsulation string
 
-// The ways of encapsulation. What comes in is decapsulated by the overlay device with both.
+// The ways of encapsulation.
 const (
 	// EncapsulationAuto leaves it to the programs, for each node to which nothing speaks against it, else to the overlay device.
 	EncapsulationAuto Encapsulation = "auto"
