@@ -120,14 +120,17 @@ static __always_inline int is_unfinished(struct __sk_buff *skb, __u32 checksum)
 static __always_inline int take_outer_off(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
 {
 	__u32 kind = checksum_kind(skb);
-	__u64 flags = p->l3_proto == ETH_P_IPV6 ? BPF_F_ADJ_ROOM_DECAP_L3_IPV6 : BPF_F_ADJ_ROOM_DECAP_L3_IPV4;
+	__u64 flags = p->l3_proto == ETH_P_IPV6 ? BPF_F_ADJ_ROOM_DECAP_L3_IPV6 : 0;
 	struct ethhdr *eth;
 
-	if (kind == CHECKSUM_UNKNOWN || (f->action != FLOW_TO_POD && is_unfinished(skb, kind)))
+	if (f->action != FLOW_TO_POD && (kind == CHECKSUM_UNKNOWN || is_unfinished(skb, kind)))
 		return 1;
-	if (bpf_skb_adjust_room(skb, -ENCAPSULATION_LEN, BPF_ADJ_ROOM_MAC, flags | BPF_F_ADJ_ROOM_NO_CSUM_RESET))
+	/* What a NIC has verified, the receiver verifies again where it is not known here. */
+	if (kind != CHECKSUM_UNKNOWN)
+		flags |= BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+	if (bpf_skb_adjust_room(skb, -ENCAPSULATION_LEN, BPF_ADJ_ROOM_MAC, flags))
 		return 1;
-	/* What the NIC has verified was the outermost checksum, that of the outer UDP header first, though it has none. */
+	/* It was the outermost checksum, that of the outer UDP header first, though it has none. */
 	if (kind == CHECKSUM_UNNECESSARY)
 		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
 	eth = pkt_at(skb, 0, sizeof(*eth));
