@@ -139,7 +139,8 @@ enum flow_tcp {
 	FLOW_TCP_FIN = 2,
 	FLOW_TCP_RST = 4,
 	FLOW_TCP_ESTABLISHED = 8, /* something beyond the SYN passed */
-	FLOW_TCP_BULK = 16, /* in this tick segments came through the overlay that the receiver has put together */
+	FLOW_TCP_QUEUED = 16, /* packets of the flow may be in the overlay device's queue */
+	FLOW_TCP_QUEUED_TICK = 32, /* one unit of the three bits that say since when: the tick, modulo 8 */
 };
 
 /*

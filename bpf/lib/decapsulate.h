@@ -10,17 +10,15 @@
 #include "established.h"
 
 #define INNER_OFF (L3_OFF + ENCAPSULATION_LEN)
-#define IPV4_CE 3
+#define INNER_HEADERS ((__u32)(sizeof(struct ipv6hdr) + sizeof(struct tcphdr)))
+#define FULL_SEGMENT_SLACK 100 /* bytes: options that not every segment has */
 
-/*
- * Are the outer headers as `encapsulate` and the device write them? Without a checksum, which the stack would have to verify, and without a
- * mark of congestion, which would have to be carried over (RFC 6040 §4.2).
- */
-static __always_inline int outer_is_ours(const struct encapsulation *h, const struct node_state *s)
+/* Are the outer headers as `encapsulate` and the device write them, around all of the packet, and without a checksum that must be verified? */
+static __always_inline int outer_is_ours(const struct __sk_buff *skb, const struct encapsulation *h, const struct node_state *s)
 {
-	__u32 vni = bpf_ntohl(h->vxlan.vni) - (s->vni << 8);
+	__u32 vni = bpf_ntohl(h->vxlan.vni) - (s->vni << 8), len = skb->len - L3_OFF;
 
-	return h->ip.version_ihl == 0x45 && (h->ip.tos & IPV4_CE) != IPV4_CE && !h->udp.check &&
+	return h->ip.version_ihl == 0x45 && h->ip.tot_len == bpf_htons(len) && h->udp.len == bpf_htons(len - sizeof(h->ip)) && !h->udp.check &&
 	       (h->vxlan.flags & ~VXLAN_HAS_GBP) == VXLAN_HAS_VNI && !(vni & 0xff) && vni >> 8 <= VNI_DSR;
 }
 
@@ -72,37 +70,57 @@ static __always_inline int inner_tuple(struct __sk_buff *skb, struct pkt *p)
 	return inner_ports(skb, p);
 }
 
-/* The programs send to that node by this device, so nothing on the node is in the way of what it sends here (struct node). */
-static __always_inline int node_by_device(const struct flow *f, const struct addr *local, __u32 ifindex)
+/* The flow's node has sent it, by the device that the programs send there by, and nothing on this node is in the way (struct node). */
+static __always_inline struct node *sender_by_device(const struct pkt *p, const struct flow *f, const struct addr *local, __u32 ifindex)
 {
-	struct node *n = node_by_index(f->in_node);
+	struct node *n = flow_node_matches(p, f) ? node_by_index(f->in_node) : NULL;
 
-	return n && n->ifindex == ifindex && addr_equal(&n->local, local);
+	return n && n->ifindex == ifindex && addr_equal(&n->local, local) ? n : NULL;
 }
 
 /*
- * Segments that were put together (GRO) keep the marks of their tunnel: only the device takes them off. The flow's single packets follow them
- * there until the tick is over, so as not to overtake: the device has a queue.
+ * The device has a queue: as long as packets of the flow may stand in it, all others follow them. FLOW_TCP_QUEUED holds for the tick that it
+ * names and for the next.
  */
-static __always_inline int flow_is_bulk(const struct __sk_buff *skb, struct flow *f)
+static __always_inline int flow_is_queued(struct flow *f)
 {
-	__u8 tcp = f->tcp;
+	if (!(f->tcp & FLOW_TCP_QUEUED))
+		return 0;
+	if (((now_tick() - f->tcp / FLOW_TCP_QUEUED_TICK) & 7) <= 1)
+		return 1;
+	f->tcp &= FLOW_TCP_QUEUED - 1;
+	return 0;
+}
 
-	if (f->tick != (__u16)now_tick())
-		tcp &= ~FLOW_TCP_BULK;
-	if (skb->gso_size)
-		tcp |= FLOW_TCP_BULK;
+static __always_inline void flow_note_queued(struct flow *f)
+{
+	__u8 tcp = (f->tcp & (FLOW_TCP_QUEUED - 1)) | FLOW_TCP_QUEUED | (__u8)(now_tick() * FLOW_TCP_QUEUED_TICK);
+
 	if (tcp != f->tcp)
 		f->tcp = tcp;
-	return tcp & FLOW_TCP_BULK;
+}
+
+/*
+ * Segments that were put together (GRO) keep the marks of their tunnel, which only the device takes off. What is as large as a segment can be is
+ * probably one of many that were not: the device still puts them together, and a pod's stack takes that faster.
+ */
+static __always_inline int is_bulk(const struct __sk_buff *skb, const struct pkt *p, const struct node *n)
+{
+	return skb->gso_size || (p->key.proto == IPPROTO_TCP && skb->len - INNER_OFF + FULL_SEGMENT_SLACK >= n->mtu);
+}
+
+/* Somebody on the way has marked the outer packet: the mark must be carried over (RFC 6040 §4.2). */
+static __always_inline int is_marked(struct __sk_buff *skb, const struct pkt *p, __u8 tos)
+{
+	__be16 *inner = pkt_at(skb, INNER_OFF, sizeof(*inner));
+
+	return !inner || (tos & 3) != outer_ecn(p->l3_proto, *inner);
 }
 
 /* The fast path, as far as it leads here: to a pod, or out of another device. */
 static __always_inline int inner_is_known(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
 {
-	if (pkt_opens_tcp(p) || !flow_is_current(f) || !flow_node_matches(p, f) || (f->flags & FLOW_DENIED) || p->ttl <= 1)
-		return 0;
-	if (f->mtu && skb->len - INNER_OFF > f->mtu)
+	if (!flow_is_current(f) || (f->flags & FLOW_DENIED) || p->ttl <= 1 || (f->mtu && skb->len - INNER_OFF > f->mtu))
 		return 0;
 	return f->action == FLOW_TO_POD || (f->action == FLOW_TO_NETDEV && !next_hop_changed(skb, p, f));
 }
@@ -139,27 +157,51 @@ static __always_inline int take_outer_off(struct __sk_buff *skb, const struct pk
 	return 0;
 }
 
-/* p is of the outer packet, and becomes the inner one's. */
+/* Headers that a driver has left in the packet's pages. */
+static __always_inline void pull_headers(struct __sk_buff *skb)
+{
+	__u32 want = skb->len < INNER_OFF + INNER_HEADERS ? skb->len : INNER_OFF + INNER_HEADERS;
+
+	if (pkt_data(skb) + want > pkt_end(skb))
+		bpf_skb_pull_data(skb, want);
+}
+
+/* p is of the outer packet, and becomes the inner one's. Whatever is left to the device is TC_ACT_OK, and as it was. */
 __noinline int decapsulate(struct __sk_buff *skb, struct pkt *p)
 {
 	struct node_state *s = node_settings();
-	struct encapsulation *h = pkt_at(skb, L3_OFF, ENCAPSULATION_LEN);
+	struct encapsulation *h;
 	struct flow_key key; /* 6.1 takes it from the stack only */
 	struct addr local;
 	struct flow *f;
+	struct node *n;
+	__u8 tos;
+	int ret;
 
-	if (!p || !s || !h || skb->pkt_type != PACKET_HOST || !outer_is_ours(h, s))
+	pull_headers(skb);
+	h = pkt_at(skb, L3_OFF, ENCAPSULATION_LEN);
+	if (!p || !s || !h || skb->pkt_type != PACKET_HOST || !outer_is_ours(skb, h, s))
 		return TC_ACT_OK;
 	p->outer = p->key.src;
 	local = p->key.dst;
 	p->l3_proto = bpf_ntohs(h->eth.h_proto);
+	tos = h->ip.tos;
 	if (inner_tuple(skb, p))
 		return TC_ACT_OK;
 	key = p->key;
 	f = bpf_map_lookup_elem(&flows, &key);
-	if (!f || flow_is_bulk(skb, f) || !inner_is_known(skb, p, f) || !node_by_device(f, &local, skb->ifindex) || take_outer_off(skb, p, f))
+	n = f && !pkt_opens_tcp(p) ? sender_by_device(p, f, &local, skb->ifindex) : NULL;
+	if (!f || !n)
+		return TC_ACT_OK;
+	if (is_bulk(skb, p, n) || is_marked(skb, p, tos) || !inner_is_known(skb, p, f)) {
+		flow_note_queued(f);
+		return TC_ACT_OK;
+	}
+	if (flow_is_queued(f) || take_outer_off(skb, p, f))
 		return TC_ACT_OK;
 	p->l4_off -= ENCAPSULATION_LEN;
 	flow_note_packet(f, p);
-	return forward(skb, p, f, HOOK_FROM_NETDEV);
+	ret = forward(skb, p, f, HOOK_FROM_NETDEV);
+	/* The entry has become another one meanwhile. A bare inner packet is nothing for the stack. */
+	return ret == TC_ACT_OK ? -DROP_INVALID_CONFIG : ret;
 }

@@ -82,9 +82,9 @@ struct encapsulation {
 	 BPF_F_ADJ_ROOM_ENCAP_L2(sizeof(struct ethhdr)))
 
 /* The inner packet's ECN, but for a mark of congestion only that ECN is in use (RFC 3168 §9.1.1): it stays inside, as the device has it. */
-static __always_inline __u8 outer_ecn(struct __sk_buff *skb, __be16 first)
+static __always_inline __u8 outer_ecn(__u16 l3_proto, __be16 first)
 {
-	__u8 ecn = (skb->protocol == bpf_htons(ETH_P_IP) ? bpf_ntohs(first) : bpf_ntohs(first) >> 4) & 3;
+	__u8 ecn = (l3_proto == ETH_P_IP ? bpf_ntohs(first) : bpf_ntohs(first) >> 4) & 3;
 
 	return ecn == 3 ? 2 : ecn;
 }
@@ -131,7 +131,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct node 
 
 	if (!eth || (eth->h_dest[0] & 1) || len > 0xffff || (!skb->gso_size && skb->len - L3_OFF > n->mtu))
 		return 1;
-	outer_ipv4(&h.ip, n, outer_ecn(skb, *(__be16 *)(eth + 1)), outer_id(skb), len);
+	outer_ipv4(&h.ip, n, outer_ecn(bpf_ntohs(skb->protocol), *(__be16 *)(eth + 1)), outer_id(skb), len);
 	/* The flow's own, of those that nobody else uses: RFC 7348 §5. Without a checksum: §4.1. */
 	h.udp.source = bpf_htons(0xc000 | flow >> 18);
 	h.udp.dest = s->overlay_port;

@@ -20,7 +20,7 @@ struct pkt {
 	__u8 icmp_type;	      /* 0 unless ICMP */
 	__u8 kind;	      /* enum pkt_kind */
 	__u8 ttl;
-	struct addr outer;    /* from_overlay: address that encapsulated it */
+	struct addr outer;    /* address that encapsulated it: from_overlay, and what from_netdev decapsulates */
 	__u16 in_node;	      /* from_overlay, slow path and DROP_TOO_BIG: node of that address; 0: none */
 	__u16 quote_l4_off;   /* PKT_ICMP_ERROR: transport header of the packet it is about, from the Ethernet header */
 	__u16 mtu;	      /* with DROP_TOO_BIG: what would fit, bytes from the IP header */

@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "3a75309580011f5c856ed13f8a6d3c5633999097"
+const build = "4468af557717ac39fa09f02d61fba19233999097"

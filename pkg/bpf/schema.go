@@ -243,7 +243,8 @@ const (
 	dpFlowTcpFLOW_TCP_FIN         dpFlowTcp = 2
 	dpFlowTcpFLOW_TCP_RST         dpFlowTcp = 4
 	dpFlowTcpFLOW_TCP_ESTABLISHED dpFlowTcp = 8
-	dpFlowTcpFLOW_TCP_BULK        dpFlowTcp = 16
+	dpFlowTcpFLOW_TCP_QUEUED      dpFlowTcp = 16
+	dpFlowTcpFLOW_TCP_QUEUED_TICK dpFlowTcp = 32
 )
 
 type dpFragmentKey struct {
