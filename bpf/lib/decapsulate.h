@@ -10,8 +10,8 @@
 #include "established.h"
 
 #define INNER_OFF (L3_OFF + ENCAPSULATION_LEN)
-#define INNER_HEADERS ((__u32)(sizeof(struct ipv6hdr) + sizeof(struct tcphdr)))
-#define FULL_SEGMENT_SLACK 100 /* bytes: options that not every segment has */
+#define INNER_HEADERS_MIN ((__u32)(sizeof(struct iphdr) + sizeof(struct udphdr)))
+#define INNER_HEADERS_MAX ((__u32)(sizeof(struct ipv6hdr) + sizeof(struct tcphdr)))
 
 /* Are the outer headers as `encapsulate` and the device write them, around all of the packet, and without a checksum that must be verified? */
 static __always_inline int outer_is_ours(const struct __sk_buff *skb, const struct encapsulation *h, const struct node_state *s)
@@ -71,11 +71,11 @@ static __always_inline int inner_tuple(struct __sk_buff *skb, struct pkt *p)
 }
 
 /* The flow's node has sent it, by the device that the programs send there by, and nothing on this node is in the way (struct node). */
-static __always_inline struct node *sender_by_device(const struct pkt *p, const struct flow *f, const struct addr *local, __u32 ifindex)
+static __always_inline int sent_by_device(const struct pkt *p, const struct flow *f, const struct addr *local, __u32 ifindex)
 {
-	struct node *n = flow_node_matches(p, f) ? node_by_index(f->in_node) : NULL;
+	struct node *n = node_by_index(f->in_node);
 
-	return n && n->ifindex == ifindex && addr_equal(&n->local, local) ? n : NULL;
+	return flow_node_matches(p, f) && n && n->ifindex == ifindex && addr_equal(&n->local, local);
 }
 
 /*
@@ -98,15 +98,6 @@ static __always_inline void flow_note_queued(struct flow *f)
 
 	if (tcp != f->tcp)
 		f->tcp = tcp;
-}
-
-/*
- * Segments that were put together (GRO) keep the marks of their tunnel, which only the device takes off. What is as large as a segment can be is
- * probably one of many that were not: the device still puts them together, and a pod's stack takes that faster.
- */
-static __always_inline int is_bulk(const struct __sk_buff *skb, const struct pkt *p, const struct node *n)
-{
-	return skb->gso_size || (p->key.proto == IPPROTO_TCP && skb->len - INNER_OFF + FULL_SEGMENT_SLACK >= n->mtu);
 }
 
 /* Somebody on the way has marked the outer packet: the mark must be carried over (RFC 6040 §4.2). */
@@ -157,13 +148,13 @@ static __always_inline int take_outer_off(struct __sk_buff *skb, const struct pk
 	return 0;
 }
 
-/* Headers that a driver has left in the packet's pages. */
+/* A driver may have left all but the outer headers in the packet's pages. Where the shortest inner ones are there, mostly all are. */
 static __always_inline void pull_headers(struct __sk_buff *skb)
 {
-	__u32 want = skb->len < INNER_OFF + INNER_HEADERS ? skb->len : INNER_OFF + INNER_HEADERS;
+	__u32 want = INNER_OFF + INNER_HEADERS_MAX;
 
-	if (pkt_data(skb) + want > pkt_end(skb))
-		bpf_skb_pull_data(skb, want);
+	if (pkt_data(skb) + INNER_OFF + INNER_HEADERS_MIN > pkt_end(skb))
+		bpf_skb_pull_data(skb, skb->len < want ? skb->len : want);
 }
 
 /* p is of the outer packet, and becomes the inner one's. Whatever is left to the device is TC_ACT_OK, and as it was. */
@@ -174,7 +165,6 @@ __noinline int decapsulate(struct __sk_buff *skb, struct pkt *p)
 	struct flow_key key; /* 6.1 takes it from the stack only */
 	struct addr local;
 	struct flow *f;
-	struct node *n;
 	__u8 tos;
 	int ret;
 
@@ -190,10 +180,10 @@ __noinline int decapsulate(struct __sk_buff *skb, struct pkt *p)
 		return TC_ACT_OK;
 	key = p->key;
 	f = bpf_map_lookup_elem(&flows, &key);
-	n = f && !pkt_opens_tcp(p) ? sender_by_device(p, f, &local, skb->ifindex) : NULL;
-	if (!f || !n)
+	if (!f || pkt_opens_tcp(p) || !sent_by_device(p, f, &local, skb->ifindex))
 		return TC_ACT_OK;
-	if (is_bulk(skb, p, n) || is_marked(skb, p, tos) || !inner_is_known(skb, p, f)) {
+	/* Segments that were put together (GRO) keep the marks of their tunnel, which only the device takes off. */
+	if (skb->gso_size || is_marked(skb, p, tos) || !inner_is_known(skb, p, f)) {
 		flow_note_queued(f);
 		return TC_ACT_OK;
 	}
