@@ -34,12 +34,7 @@ func (o outer) headers(t *testing.T, inner []byte, id, sport uint16) []byte {
 	h = append(h, 0, 0, 64, 17, 0, 0) // may be fragmented, TTL, UDP, checksum
 	h = append(h, o.Src.AsSlice()...)
 	h = append(h, o.Dst.AsSlice()...)
-	sum := uint32(0)
-	for i := 0; i < 20; i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(h[i:]))
-	}
-	sum = sum&0xffff + sum>>16
-	binary.BigEndian.PutUint16(h[10:], ^uint16(sum&0xffff+sum>>16))
+	ipv4Sum(h)
 	h = binary.BigEndian.AppendUint16(h, sport)
 	h = binary.BigEndian.AppendUint16(h, nodetest.OverlayPort)
 	h = binary.BigEndian.AppendUint16(h, uint16(length-20))
@@ -52,6 +47,17 @@ func (o outer) headers(t *testing.T, inner []byte, id, sport uint16) []byte {
 	h = binary.BigEndian.AppendUint16(h, o.Group)
 	h = binary.BigEndian.AppendUint32(h, (nodetest.OverlayVNI+o.VNI)<<8)
 	return append(h, inner[:pkt.L3]...)
+}
+
+// ipv4Sum writes the checksum of the IPv4 header that the bytes begin with.
+func ipv4Sum(h []byte) {
+	binary.BigEndian.PutUint16(h[10:], 0)
+	sum := uint32(0)
+	for i := 0; i < int(h[0]&0xf)*4; i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(h[i:]))
+	}
+	sum = sum&0xffff + sum>>16
+	binary.BigEndian.PutUint16(h[10:], ^uint16(sum&0xffff+sum>>16))
 }
 
 // encapsulated runs the program and checks that what comes out is the inner frame behind these headers. It returns identification and source port.
