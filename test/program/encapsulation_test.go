@@ -210,3 +210,41 @@ func TestErrorsThatDoNotFitAreTheDevices(t *testing.T) {
 		}
 	})
 }
+
+// TestTunnelsOfPodsAreTheDevices: the kernel notes one place of inner headers, so what a pod has encapsulated is the device's.
+func TestTunnelsOfPodsAreTheDevices(t *testing.T) {
+	t.Parallel()
+	_, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{})
+	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
+		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
+			carried := fromPod(n0.A, kind, at(n1.B.Addr(v6), podPort)).Bytes()
+			in := fromPod(n0.A, pkt.UDP, at(n1.B.Addr(v6), 6081))
+			in.Payload = carried[pkt.L3:]
+			frame := in.Bytes()
+			encapsulated(t, n0, "the same, not noted", progtest.FromPod(n0.A), frame, hop(in).Bytes(), between(n0, n1))
+			noted := n0.Before(t, progtest.FromPod(n0.A), progtest.Encapsulate(frame[pkt.L3:len(frame)-len(in.Payload)])...)
+			n0.Check(t, progtest.Case{Name: kind.String(), Hook: noted, In: carried, WantAction: progtest.Redirect, WantOut: hop(in).Bytes()})
+		}
+	})
+}
+
+// TestAnswersToTheOverlayAreTheDevices: what from_overlay sends back has its outer header in the place of a route.
+func TestAnswersToTheOverlayAreTheDevices(t *testing.T) {
+	t.Parallel()
+	_, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{})
+	overlay := n1.FromOverlay(t, n0.Addrs[0], bpf.VNIPods, 0)
+	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
+		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
+			open := fromPod(n0.A, kind, at(n1.B.Addr(v6), podPort))
+			redirected(t, n1, kind.String(), overlay, open, atPod(open, n1.B))
+			narrowed, _ := n1.Flow(t, key(open))
+			narrowed.Mtu = narrow
+			n1.Put(n1.Flows, key(open), narrowed)
+			large := ofLength(open, narrow+1)
+			answered(t, n1, kind.String()+" that is too big", overlay, large, large.Bytes())
+			// The same node's pod is answered by the programs.
+			reply := answer(atPod(open, n1.B))
+			encapsulated(t, n1, kind.String()+" to the same node", progtest.FromPod(n1.B), reply.Bytes(), hop(reply).Bytes(), between(n1, n0))
+		}
+	})
+}
