@@ -280,6 +280,7 @@ var toDevice = []struct {
 	{"neither IPv4 nor IPv6 inside", "", func(_ *testing.T, k *known) { k.put(innerType, 0x81, 0) }},
 	{"the other family's number inside", "", func(_ *testing.T, k *known) { k.put(outerLen+pkt.L3, k.frame[outerLen+pkt.L3]^0x20) }},
 	{"options or an extension header inside", "", func(t *testing.T, k *known) { k.frame = k.wrap(t, pkt.WithOptions(k.inner, 0)) }},
+	{"options inside where ports should be", "IPv4", func(t *testing.T, k *known) { k.putInside(t, pkt.L3, 0x46) }},
 	{"first fragment inside", "IPv4", func(t *testing.T, k *known) { k.putInside(t, innerFragment, 0x20) }},
 	{"later fragment inside", "IPv4", func(t *testing.T, k *known) { k.putInside(t, innerFragment, 0, 5) }},
 	{"fragment inside", "IPv6", func(t *testing.T, k *known) { k.frame = k.wrap(t, pkt.Fragment(k.inner, 7, 24)[0]) }},
