@@ -80,11 +80,22 @@ static __always_inline int node_by_device(const struct flow *f, const struct add
 	return n && n->ifindex == ifindex && addr_equal(&n->local, local);
 }
 
+/* The fast path, as far as it leads here: to a pod, or out of another device. */
+static __always_inline int inner_is_known(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
+{
+	if (pkt_opens_tcp(p) || !flow_is_current(f) || !flow_node_matches(p, f) || (f->flags & FLOW_DENIED) || p->ttl <= 1)
+		return 0;
+	if (f->mtu && !skb->gso_size && skb->len - INNER_OFF > f->mtu)
+		return 0;
+	return f->action == FLOW_TO_POD || (f->action == FLOW_TO_NETDEV && !next_hop_changed(skb, p, f));
+}
+
 /*
  * Segments that were put together (GRO) keep the marks of their tunnel: only the device takes them off. The flow's single packets follow them
- * there until the tick is over, so as not to overtake: the device has a queue.
+ * there until the tick is over, so as not to overtake: the device has a queue. So the tick begins here: the next packet may come before
+ * from_overlay has the segments.
  */
-static __always_inline int flow_is_bulk(const struct __sk_buff *skb, struct flow *f)
+static __always_inline int flow_is_bulk(const struct __sk_buff *skb, const struct pkt *p, struct flow *f)
 {
 	__u8 tcp = f->tcp;
 
@@ -94,17 +105,9 @@ static __always_inline int flow_is_bulk(const struct __sk_buff *skb, struct flow
 		tcp |= FLOW_TCP_BULK;
 	if (tcp != f->tcp)
 		f->tcp = tcp;
+	if (skb->gso_size)
+		flow_note_packet(f, p);
 	return tcp & FLOW_TCP_BULK;
-}
-
-/* The fast path, as far as it leads here: to a pod, or out of another device. */
-static __always_inline int inner_is_known(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
-{
-	if (pkt_opens_tcp(p) || !flow_is_current(f) || !flow_node_matches(p, f) || (f->flags & FLOW_DENIED) || p->ttl <= 1)
-		return 0;
-	if (f->mtu && skb->len - INNER_OFF > f->mtu)
-		return 0;
-	return f->action == FLOW_TO_POD || (f->action == FLOW_TO_NETDEV && !next_hop_changed(skb, p, f));
 }
 
 /*
@@ -154,7 +157,7 @@ __noinline int decapsulate(struct __sk_buff *skb, struct pkt *p)
 		return TC_ACT_OK;
 	key = p->key;
 	f = bpf_map_lookup_elem(&flows, &key);
-	if (!f || flow_is_bulk(skb, f) || !inner_is_known(skb, p, f) || !node_by_device(f, &local, skb->ifindex) || take_outer_off(skb, p, f))
+	if (!f || !inner_is_known(skb, p, f) || !node_by_device(f, &local, skb->ifindex) || flow_is_bulk(skb, p, f) || take_outer_off(skb, p, f))
 		return TC_ACT_OK;
 	p->l4_off -= ENCAPSULATION_LEN;
 	flow_note_packet(f, p);

@@ -380,3 +380,60 @@ func (k *known) changed(t *testing.T, name string, change func(t *testing.T, k *
 	k.to.Put(nodes, index, k.node)
 	k.to.Check(t, progtest.Case{Name: name, Hook: k.hook, In: k.frame, WantAction: progtest.OK})
 }
+
+// age has the flow's last packet seen in an earlier tick.
+func (k *known) age(t *testing.T) {
+	t.Helper()
+	k.entry, _ = k.to.Flow(t, k.key)
+	k.entry.Tick--
+	k.to.Put(k.to.Flows, k.key, k.entry)
+}
+
+// segments are left to the device. They are more than fits the way that the single packet takes.
+func (k *known) segments(t *testing.T) (inner []byte) {
+	t.Helper()
+	k.to.GSOSize = 8
+	defer func() { k.to.GSOSize = 0 }()
+	in := hop(k.in)
+	in.Payload = bytes.Repeat(k.in.Payload, 10)
+	k.device(t, "segments", k.wrap(t, in.Bytes()))
+	return in.Bytes()
+}
+
+// follows tells whether the single packet behind segments is left to the device, too. A tick may end between the two: then it is not.
+func (k *known) follows(t *testing.T, segments func()) bool {
+	t.Helper()
+	for range 5 {
+		segments()
+		if r := k.to.Run(t, k.hook, k.frame); r.Action == progtest.OK && bytes.Equal(r.Out, k.frame) {
+			return true
+		}
+	}
+	return false
+}
+
+// TestSinglesFollowSegments: the device has a queue, so what comes behind segments goes there as well, from the first ones of a tick on and
+// before they are through, until the tick is over.
+func TestSinglesFollowSegments(t *testing.T) {
+	t.Parallel()
+	_, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{})
+	u := newTunnel(t, n0, n1, bpf.VNIPods, 0)
+	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
+		for _, kind := range segmented {
+			k := u.know(t, n0, fromPod(n0.A, kind, at(n1.B.Addr(v6), podPort)))
+			want := atPod(hop(k.in), n1.B)
+			k.entry, _ = n1.Flow(t, k.key)
+			k.entry.Mtu = uint16(len(k.inner) - pkt.L3)
+			n1.Put(n1.Flows, k.key, k.entry)
+			if !k.follows(t, func() { k.age(t); k.segments(t) }) {
+				t.Errorf("%s: a packet overtakes the first segments of a tick", kind)
+			}
+			if !k.follows(t, func() { n1.Run(t, k.overlay, k.segments(t)) }) {
+				t.Errorf("%s: a packet overtakes segments", kind)
+			}
+			k.age(t)
+			k.taken(t, kind.String()+" in the next tick", k.frame, want)
+			k.taken(t, kind.String()+" goes on", k.frame, want)
+		}
+	})
+}
