@@ -186,6 +186,8 @@ func TestDeviceEncapsulates(t *testing.T) {
 			})
 		})
 	}
+	t.Run("a pod's own tunnel", func(t *testing.T) { tunnelsOfPods(t, n0, n1) })
+	t.Run("answers to the overlay", func(t *testing.T) { answersToTheOverlay(t, n0, n1) })
 }
 
 // TestErrorsThatDoNotFitAreTheDevices: no MTU is compared with an ICMP error, and the device can fragment it.
@@ -211,10 +213,8 @@ func TestErrorsThatDoNotFitAreTheDevices(t *testing.T) {
 	})
 }
 
-// TestTunnelsOfPodsAreTheDevices: the kernel notes one place of inner headers, so what a pod has encapsulated is the device's.
-func TestTunnelsOfPodsAreTheDevices(t *testing.T) {
-	t.Parallel()
-	_, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{})
+// tunnelsOfPods: the kernel notes one place of inner headers, so what a pod has encapsulated is the device's.
+func tunnelsOfPods(t *testing.T, n0, n1 *progtest.Fixture) {
 	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
 		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
 			carried := fromPod(n0.A, kind, at(n1.B.Addr(v6), podPort)).Bytes()
@@ -228,10 +228,8 @@ func TestTunnelsOfPodsAreTheDevices(t *testing.T) {
 	})
 }
 
-// TestAnswersToTheOverlayAreTheDevices: what from_overlay sends back has its outer header in the place of a route.
-func TestAnswersToTheOverlayAreTheDevices(t *testing.T) {
-	t.Parallel()
-	_, n0, n1 := progtest.NewCluster(t, nodetest.ClusterOptions{})
+// answersToTheOverlay: what from_overlay sends back has its outer header in the place of a route.
+func answersToTheOverlay(t *testing.T, n0, n1 *progtest.Fixture) {
 	overlay := n1.FromOverlay(t, n0.Addrs[0], bpf.VNIPods, 0)
 	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
 		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
