@@ -160,6 +160,8 @@ const (
 	FlowTCPFin         = uint8(dpFlowTcpFLOW_TCP_FIN)
 	FlowTCPRst         = uint8(dpFlowTcpFLOW_TCP_RST)
 	FlowTCPEstablished = uint8(dpFlowTcpFLOW_TCP_ESTABLISHED)
+	FlowTCPQueued      = uint8(dpFlowTcpFLOW_TCP_QUEUED)
+	FlowTCPQueuedTick  = uint8(dpFlowTcpFLOW_TCP_QUEUED_TICK)
 
 	EventDrop    = uint8(dpEventTypeEVENT_DROP)
 	EventVerdict = uint8(dpEventTypeEVENT_VERDICT)

@@ -34,12 +34,7 @@ func (o outer) headers(t *testing.T, inner []byte, id, sport uint16) []byte {
 	h = append(h, 0, 0, 64, 17, 0, 0) // may be fragmented, TTL, UDP, checksum
 	h = append(h, o.Src.AsSlice()...)
 	h = append(h, o.Dst.AsSlice()...)
-	sum := uint32(0)
-	for i := 0; i < 20; i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(h[i:]))
-	}
-	sum = sum&0xffff + sum>>16
-	binary.BigEndian.PutUint16(h[10:], ^uint16(sum&0xffff+sum>>16))
+	ipv4Sum(h)
 	h = binary.BigEndian.AppendUint16(h, sport)
 	h = binary.BigEndian.AppendUint16(h, nodetest.OverlayPort)
 	h = binary.BigEndian.AppendUint16(h, uint16(length-20))
@@ -52,6 +47,17 @@ func (o outer) headers(t *testing.T, inner []byte, id, sport uint16) []byte {
 	h = binary.BigEndian.AppendUint16(h, o.Group)
 	h = binary.BigEndian.AppendUint32(h, (nodetest.OverlayVNI+o.VNI)<<8)
 	return append(h, inner[:pkt.L3]...)
+}
+
+// ipv4Sum writes the checksum of the IPv4 header that the bytes begin with.
+func ipv4Sum(h []byte) {
+	binary.BigEndian.PutUint16(h[10:], 0)
+	sum := uint32(0)
+	for i := 0; i < int(h[0]&0xf)*4; i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(h[i:]))
+	}
+	sum = sum&0xffff + sum>>16
+	binary.BigEndian.PutUint16(h[10:], ^uint16(sum&0xffff+sum>>16))
 }
 
 // encapsulated runs the program and checks that what comes out is the inner frame behind these headers. It returns identification and source port.
@@ -180,6 +186,8 @@ func TestDeviceEncapsulates(t *testing.T) {
 			})
 		})
 	}
+	t.Run("a pod's own tunnel", func(t *testing.T) { tunnelsOfPods(t, n0, n1) })
+	t.Run("answers to the overlay", func(t *testing.T) { answersToTheOverlay(t, n0, n1) })
 }
 
 // TestErrorsThatDoNotFitAreTheDevices: no MTU is compared with an ICMP error, and the device can fragment it.
@@ -201,6 +209,40 @@ func TestErrorsThatDoNotFitAreTheDevices(t *testing.T) {
 			if got.Action != progtest.Redirect || len(got.Out) != want {
 				t.Errorf("error of %d bytes: action %d with %d bytes, want a redirect with %d; drops %v", len(in), got.Action, len(got.Out), want, got.Drops)
 			}
+		}
+	})
+}
+
+// tunnelsOfPods: the kernel notes one place of inner headers, so what a pod has encapsulated is the device's.
+func tunnelsOfPods(t *testing.T, n0, n1 *progtest.Fixture) {
+	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
+		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
+			carried := fromPod(n0.A, kind, at(n1.B.Addr(v6), podPort)).Bytes()
+			in := fromPod(n0.A, pkt.UDP, at(n1.B.Addr(v6), 6081))
+			in.Payload = carried[pkt.L3:]
+			frame := in.Bytes()
+			encapsulated(t, n0, "the same, not noted", progtest.FromPod(n0.A), frame, hop(in).Bytes(), between(n0, n1))
+			noted := n0.Before(t, progtest.FromPod(n0.A), progtest.Encapsulate(frame[pkt.L3:len(frame)-len(in.Payload)])...)
+			n0.Check(t, progtest.Case{Name: kind.String(), Hook: noted, In: carried, WantAction: progtest.Redirect, WantOut: hop(in).Bytes()})
+		}
+	})
+}
+
+// answersToTheOverlay: what from_overlay sends back has its outer header in the place of a route.
+func answersToTheOverlay(t *testing.T, n0, n1 *progtest.Fixture) {
+	overlay := n1.FromOverlay(t, n0.Addrs[0], bpf.VNIPods, 0)
+	bothFamilies(t, n0, n1, func(t *testing.T, v6 bool) {
+		for _, kind := range []pkt.Kind{pkt.TCP, pkt.UDP} {
+			open := fromPod(n0.A, kind, at(n1.B.Addr(v6), podPort))
+			redirected(t, n1, kind.String(), overlay, open, atPod(open, n1.B))
+			narrowed, _ := n1.Flow(t, key(open))
+			narrowed.Mtu = narrow
+			n1.Put(n1.Flows, key(open), narrowed)
+			large := ofLength(open, narrow+1)
+			answered(t, n1, kind.String()+" that is too big", overlay, large, large.Bytes())
+			// The same node's pod is answered by the programs.
+			reply := answer(atPod(open, n1.B))
+			encapsulated(t, n1, kind.String()+" to the same node", progtest.FromPod(n1.B), reply.Bytes(), hop(reply).Bytes(), between(n1, n0))
 		}
 	})
 }

@@ -64,7 +64,7 @@ func NewSized(t testing.TB, flows uint32) *Fixture {
 }
 
 // NewCluster is New on each of two nodes that reach each other. What one fixture's program lets out is the other's to take in: the test is
-// the wire between them. Metadata of an outer header is no part of a test run, so from_overlay is not; test/dataplane has it live.
+// the wire between them, and FromOverlay the overlay device, whose metadata is no part of a test run by itself.
 func NewCluster(t testing.TB, opts nodetest.ClusterOptions) (c *nodetest.Cluster, first, second *Fixture) {
 	t.Helper()
 	c = nodetest.NewCluster(t, 2, opts)
@@ -137,6 +137,7 @@ type Hook struct {
 	Ifindex int
 	// Ingress is the device that the packet came in on before the stack; 0: it is of the node's own.
 	Ingress int
+	first   *ebpf.Program // of Before; nil: none
 }
 
 // FromPod is the hook of what a pod sends.
@@ -208,7 +209,11 @@ func (f *Fixture) TryRun(t testing.TB, h Hook, frame []byte) (Result, error) {
 	}
 	var action uint32
 	var err error
-	f.NS.Do(func() { action, err = f.progs[h.Program].Run(opts) })
+	prog := f.progs[h.Program]
+	if h.first != nil {
+		prog = h.first
+	}
+	f.NS.Do(func() { action, err = prog.Run(opts) })
 	if err != nil {
 		return Result{}, err
 	}
