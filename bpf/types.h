@@ -139,7 +139,8 @@ enum flow_tcp {
 	FLOW_TCP_FIN = 2,
 	FLOW_TCP_RST = 4,
 	FLOW_TCP_ESTABLISHED = 8, /* something beyond the SYN passed */
-	FLOW_TCP_BULK = 16, /* in this tick segments came through the overlay that the receiver has put together */
+	FLOW_TCP_BULK = 16, /* of every protocol: a short while ago something came that only the overlay device can decapsulate */
+	FLOW_TCP_BULK_TICK = 32, /* from this bit on: when that was, the lowest bits of a tick */
 };
 
 /*

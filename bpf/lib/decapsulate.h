@@ -12,16 +12,13 @@
 #define INNER_OFF (L3_OFF + ENCAPSULATION_LEN)
 #define IPV4_CE 3
 
-/*
- * Are the outer headers as `encapsulate` and the device write them? Without a checksum, which the stack would have to verify, and without a
- * mark of congestion, which would have to be carried over (RFC 6040 §4.2).
- */
+/* Are the outer headers as `encapsulate` and the device write them? Without a checksum, which the stack would have to verify. */
 static __always_inline int outer_is_ours(const struct encapsulation *h, const struct node_state *s)
 {
 	__u32 vni = bpf_ntohl(h->vxlan.vni) - (s->vni << 8);
 
-	return h->ip.version_ihl == 0x45 && (h->ip.tos & IPV4_CE) != IPV4_CE && !h->udp.check &&
-	       (h->vxlan.flags & ~VXLAN_HAS_GBP) == VXLAN_HAS_VNI && !(vni & 0xff) && vni >> 8 <= VNI_DSR;
+	return h->ip.version_ihl == 0x45 && !h->udp.check && (h->vxlan.flags & ~VXLAN_HAS_GBP) == VXLAN_HAS_VNI && !(vni & 0xff) &&
+	       vni >> 8 <= VNI_DSR;
 }
 
 /* TCP's and UDP's ports behind an IP header without options. 0, or 1: something else. */
@@ -81,17 +78,18 @@ static __always_inline int node_by_device(const struct flow *f, const struct add
 }
 
 /*
- * Segments that were put together (GRO) keep the marks of their tunnel: only the device takes them off. The flow's single packets follow them
- * there until the tick is over, so as not to overtake: the device has a queue.
+ * Segments that were put together (GRO) keep the marks of their tunnel, and a mark of congestion has to be carried over to the inner packet
+ * (RFC 6040 §4.2): that is the device's. It has a queue, so for this tick and the next the flow's other packets go there as well, and overtake
+ * nothing. Not by the entry's own tick, which is written behind that queue only.
  */
-static __always_inline int flow_is_bulk(const struct __sk_buff *skb, struct flow *f)
+static __always_inline int flow_is_bulk(const struct __sk_buff *skb, const struct encapsulation *h, struct flow *f)
 {
-	__u8 tcp = f->tcp;
+	__u8 tcp = f->tcp, tick = now_tick() * FLOW_TCP_BULK_TICK;
 
-	if (f->tick != (__u16)now_tick())
-		tcp &= ~FLOW_TCP_BULK;
-	if (skb->gso_size)
-		tcp |= FLOW_TCP_BULK;
+	if ((__u8)(tick - (tcp & -FLOW_TCP_BULK_TICK)) > FLOW_TCP_BULK_TICK)
+		tcp &= FLOW_TCP_BULK - 1;
+	if (skb->gso_size || (h->ip.tos & IPV4_CE) == IPV4_CE)
+		tcp = (tcp & (FLOW_TCP_BULK - 1)) | FLOW_TCP_BULK | tick;
 	if (tcp != f->tcp)
 		f->tcp = tcp;
 	return tcp & FLOW_TCP_BULK;
@@ -154,7 +152,7 @@ __noinline int decapsulate(struct __sk_buff *skb, struct pkt *p)
 		return TC_ACT_OK;
 	key = p->key;
 	f = bpf_map_lookup_elem(&flows, &key);
-	if (!f || flow_is_bulk(skb, f) || !inner_is_known(skb, p, f) || !node_by_device(f, &local, skb->ifindex) || take_outer_off(skb, p, f))
+	if (!f || flow_is_bulk(skb, h, f) || !inner_is_known(skb, p, f) || !node_by_device(f, &local, skb->ifindex) || take_outer_off(skb, p, f))
 		return TC_ACT_OK;
 	p->l4_off -= ENCAPSULATION_LEN;
 	flow_note_packet(f, p);

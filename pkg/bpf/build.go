@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "3a753095bca34251856ed13f8a6d3c5633999097"
+const build = "3a75309559cf18f3856ed13f8a6d3c5633999097"

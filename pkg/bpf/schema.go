@@ -244,6 +244,7 @@ const (
 	dpFlowTcpFLOW_TCP_RST         dpFlowTcp = 4
 	dpFlowTcpFLOW_TCP_ESTABLISHED dpFlowTcp = 8
 	dpFlowTcpFLOW_TCP_BULK        dpFlowTcp = 16
+	dpFlowTcpFLOW_TCP_BULK_TICK   dpFlowTcp = 32
 )
 
 type dpFragmentKey struct {
