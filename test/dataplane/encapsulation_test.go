@@ -31,11 +31,17 @@ func (w *wire) nextOuter(to netip.Addr) []byte {
 			continue
 		}
 		dst, _ := netip.AddrFromSlice(buf[pkt.L3+16 : pkt.L3+20])
-		if dst == to && binary.BigEndian.Uint16(buf[pkt.L4v4+2:]) == nodetest.OverlayPort {
+		if dst == to && isOuter(buf[:n]) {
 			return buf[:n:n]
 		}
 	}
 	return nil
+}
+
+// isOuter tells whether a frame is for an overlay port, over IPv4.
+func isOuter(frame []byte) bool {
+	return len(frame) > pkt.L4v4+8 && binary.BigEndian.Uint16(frame[pkt.L3-2:]) == unix.ETH_P_IP && frame[pkt.L3+9] == unix.IPPROTO_UDP &&
+		binary.BigEndian.Uint16(frame[pkt.L4v4+2:]) == nodetest.OverlayPort
 }
 
 // masked is the frame without what every packet has another of: identification, checksum, source port.
@@ -159,6 +165,11 @@ func withTOS(p pkt.Packet, tos byte) []byte {
 // offload switches an offload of a namespace's eth0, by the number of its ethtool command (linux/ethtool.h).
 func offload(t *testing.T, ns *netnstest.NS, command uint32, on bool) {
 	t.Helper()
+	offloadOn(t, ns, "eth0", command, on)
+}
+
+func offloadOn(t *testing.T, ns *netnstest.NS, device string, command uint32, on bool) {
+	t.Helper()
 	value := struct{ command, data uint32 }{command: command}
 	if on {
 		value.data = 1
@@ -172,7 +183,7 @@ func offload(t *testing.T, ns *netnstest.NS, command uint32, on bool) {
 			data unsafe.Pointer
 			_    [16]byte
 		}{data: unsafe.Pointer(&value)}
-		copy(request.name[:], "eth0")
+		copy(request.name[:], device)
 		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&request))); errno != 0 {
 			t.Fatalf("ethtool command %#x: %v", command, errno)
 		}

@@ -56,8 +56,8 @@ func (w *wire) send(frame []byte) {
 	wantNoError(w.t, "send", unix.Sendto(w.fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: w.Index, Protocol: allProtocols, Halen: 6}))
 }
 
-// sees tells whether a frame with these bytes comes in within half a second.
-func (w *wire) sees(what string) bool {
+// next returns the next frame with these bytes that comes in within half a second, nil if none does.
+func (w *wire) next(what string) []byte {
 	buf := make([]byte, 4000)
 	for end := time.Now().Add(500 * time.Millisecond); time.Now().Before(end); {
 		n, from, err := unix.Recvfrom(w.fd, buf, 0)
@@ -65,11 +65,14 @@ func (w *wire) sees(what string) bool {
 			continue
 		}
 		if ll, ok := from.(*unix.SockaddrLinklayer); ok && ll.Pkttype != unix.PACKET_OUTGOING && bytes.Contains(buf[:n], []byte(what)) {
-			return true
+			return buf[:n]
 		}
 	}
-	return false
+	return nil
 }
+
+// sees tells whether a frame with these bytes comes in within half a second.
+func (w *wire) sees(what string) bool { return w.next(what) != nil }
 
 func nodeMAC(t *testing.T, n *nodetest.Node) (mac net.HardwareAddr) {
 	n.NS.Do(func() {
