@@ -127,19 +127,20 @@ func TestTheNodesOwnAnswersGoByTheDevice(t *testing.T) {
 	pod := n1.AddPod("b")
 	nodetest.Serve(t, pod.NS, "pod", 8080)
 	nodetest.Serve(t, n1.NS, "node", 8080)
-	families(t, func(t *testing.T, v6 bool) {
-		unspecified := family([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, v6)
-		for port, tc := range map[uint16]struct {
-			server netip.Addr
-			name   string
-			device bool
-		}{30080: {pod.Addr(v6), "pod", false}, 30081: {family(n1.Addrs, v6), "node", true}} {
+	// The pod first: a TCP server says goodbye after its client has got the answer, and those of the node would be counted with the pod's.
+	for i, tc := range []struct {
+		name    string
+		servers []netip.Addr
+		device  bool
+	}{{"pod", pod.Addrs, false}, {"node", n1.Addrs, true}} {
+		families(t, func(t *testing.T, v6 bool) {
+			port, unspecified := 30080+uint16(i), family([]netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}, v6)
 			for network, proto := range protocols {
 				id := uint32(port) - 30000 + uint32(proto)*4
 				if v6 {
 					id += 2
 				}
-				c.AddService(id, bpf.NewFrontendKey(proto, unspecified, port), 0, netip.AddrPortFrom(tc.server, 8080))
+				c.AddService(id, bpf.NewFrontendKey(proto, unspecified, port), 0, netip.AddrPortFrom(family(tc.servers, v6), 8080))
 				before := transmitted(t, n1)
 				got, err := nodetest.Ask(t, c.Client, network, netip.AddrPortFrom(family(n0.Addrs, v6), port))
 				wantAnswer(t, network+" to the "+tc.name, got, err, tc.name+" "+clientOf(v6).String())
@@ -147,8 +148,8 @@ func TestTheNodesOwnAnswersGoByTheDevice(t *testing.T) {
 					t.Errorf("%s: the device has encapsulated %d packets of the %s's answers, want some: %v", network, packets, tc.name, tc.device)
 				}
 			}
-		}
-	})
+		})
+	}
 }
 
 // withTOS is the packet with this type of service or traffic class.
