@@ -9,8 +9,6 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
@@ -23,35 +21,19 @@ import (
 // outerLen is what stands before an encapsulated Ethernet frame.
 const outerLen = 50
 
-// decapsulates tells whether the kernel lets programs take outer headers off anything: BPF_F_ADJ_ROOM_DECAP_L3_IPV6, Linux 6.3. Without it
-// they do so with IPv4 to a pod.
-func decapsulates(t *testing.T) bool {
-	t.Helper()
-	const ofMAC, decapsulate = 1, 1 << 8
-	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "Dual BSD/GPL", Instructions: asm.Instructions{
-		asm.Mov.Imm(asm.R2, -outerLen), asm.Mov.Imm(asm.R3, ofMAC), asm.Mov.Imm(asm.R4, decapsulate), asm.FnSkbAdjustRoom.Call(), asm.Return(),
-	}})
-	must(t, err)
-	defer prog.Close()
-	ret, err := prog.Run(&ebpf.RunOptions{Data: append(fromClient(pkt.UDP, at(nodetest.NodeAddrs[0], 1)).Bytes(), make([]byte, outerLen)...)})
-	must(t, err)
-	return ret == 0
-}
-
 // tunnel is the overlay between two nodes, as test runs see it: what the one's programs let out, the other's device takes in.
 type tunnel struct {
 	from  *nodetest.Node
 	to    *progtest.Fixture
 	mac   net.HardwareAddr // of its device: a frame for another one is nobody's
 	outer outer            // of the packets
-	takes bool             // the kernel lets the programs decapsulate anything
 	// overlay is the hook behind the overlay device.
 	overlay progtest.Hook
 }
 
 func newTunnel(t *testing.T, from, to *progtest.Fixture, vni uint32, group uint16) *tunnel {
 	t.Helper()
-	u := &tunnel{from: from.Node, to: to, outer: between(from, to), takes: decapsulates(t)}
+	u := &tunnel{from: from.Node, to: to, outer: between(from, to)}
 	u.overlay = to.FromOverlay(t, from.Addrs[0], vni, group)
 	u.outer.VNI, u.outer.Group = vni, group
 	u.to.NS.Do(func() {
@@ -98,7 +80,7 @@ func (u *tunnel) opens(t *testing.T, name string, frame []byte, want pkt.Packet)
 func (u *tunnel) taken(t *testing.T, name string, frame []byte, want pkt.Packet) {
 	t.Helper()
 	leaves := bytes.Equal(want.SrcMAC, routerMAC)
-	if u.takes || (!want.V6() && !leaves) {
+	if nodetest.ProgramsDecapsulate(t, want.V6(), !leaves) {
 		u.to.Check(t, progtest.Case{Name: name, Hook: u.to.FromNetdev(), In: frame, WantAction: progtest.Redirect, WantOut: want.Bytes()})
 	} else {
 		u.device(t, name, frame)
