@@ -34,8 +34,8 @@ static struct bpf_sock *(*const bpf_skc_lookup_tcp)(void *ctx, struct bpf_sock_t
 static __u64 (*const bpf_jiffies64)(void) = (void *)118; /* 5.6 */
 static long (*const bpf_seq_write)(void *seq, const void *data, __u32 len) = (void *)127; /* 5.7 */
 static void *(*const bpf_ringbuf_reserve)(void *ringbuf, __u64 size, __u64 flags) = (void *)131; /* 5.8 */
-static long (*const bpf_csum_level)(struct __sk_buff *skb, __u64 level) = (void *)135; /* 5.8 */
 static void (*const bpf_ringbuf_submit)(void *data, __u64 flags) = (void *)132;	      /* 5.8 */
+static long (*const bpf_csum_level)(struct __sk_buff *skb, __u64 level) = (void *)135; /* 5.8 */
 static long (*const bpf_redirect_neigh)(__u32 ifindex, void *params, int size, __u64 flags) = (void *)152; /* 5.10 */
 static long (*const bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155; /* 5.10 */
 static __u64 (*const bpf_ktime_get_coarse_ns)(void) = (void *)160;		      /* 5.11 */

@@ -63,14 +63,14 @@ enum {
 #define BPF_F_ZERO_CSUM_TX (1ULL << 1)
 #define BPF_RB_NO_WAKEUP (1ULL << 0)
 #define BPF_ADJ_ROOM_MAC 1
-#define BPF_CSUM_LEVEL_DEC 2
 #define BPF_F_ADJ_ROOM_FIXED_GSO (1ULL << 0)
 #define BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 (1ULL << 1)
 #define BPF_F_ADJ_ROOM_ENCAP_L4_UDP (1ULL << 4)
 #define BPF_F_ADJ_ROOM_NO_CSUM_RESET (1ULL << 5)
-#define BPF_F_ADJ_ROOM_DECAP_L3_IPV6 (1ULL << 8) /* 6.3 */
 #define BPF_F_ADJ_ROOM_ENCAP_L2_ETH (1ULL << 6)	    /* 5.11 */
+#define BPF_F_ADJ_ROOM_DECAP_L3_IPV6 (1ULL << 8)	    /* 6.3 */
 #define BPF_F_ADJ_ROOM_ENCAP_L2(len) ((__u64)(len) << 56) /* bytes of the inner Ethernet header */
+#define BPF_CSUM_LEVEL_DEC 2 /* of bpf_csum_level */
 #define BPF_F_INGRESS (1ULL << 0)
 #define BPF_F_INVALIDATE_HASH (1ULL << 1)
 

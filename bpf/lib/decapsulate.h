@@ -22,25 +22,15 @@ static __always_inline int outer_is_ours(const struct __sk_buff *skb, const stru
 	       (h->vxlan.flags & ~VXLAN_HAS_GBP) == VXLAN_HAS_VNI && !(vni & 0xff) && vni >> 8 <= VNI_DSR;
 }
 
-/* TCP's and UDP's ports behind an IP header without options. 0, or 1: something else. */
+/* TCP's and UDP's ports behind an IP header without options. 0, or something else: they cannot be read. */
 static __always_inline int inner_ports(struct __sk_buff *skb, struct pkt *p)
 {
-	struct tcphdr *tcp;
-
-	if (p->key.proto == IPPROTO_UDP)
-		return parse_ports(skb, p->l4_off, &p->key) != 0;
-	if (p->key.proto != IPPROTO_TCP)
-		return 1;
-	tcp = pkt_at(skb, p->l4_off, sizeof(*tcp));
-	if (!tcp)
-		return 1;
-	p->key.sport = tcp->source;
-	p->key.dport = tcp->dest;
-	p->tcp_flags = tcp->flags;
-	return 0;
+	if (p->key.proto == IPPROTO_TCP)
+		return parse_tcp(skb, p);
+	return p->key.proto != IPPROTO_UDP || parse_ports(skb, p->l4_off, &p->key);
 }
 
-/* The inner packet's tuple, into p. 0, or 1: it is none that can be read here. */
+/* The inner packet's tuple, into p. 0, or something else: it is none that can be read here. */
 static __always_inline int inner_tuple(struct __sk_buff *skb, struct pkt *p)
 {
 	struct iphdr *ip4;
@@ -125,7 +115,7 @@ static __always_inline int is_unfinished(struct __sk_buff *skb, __u32 checksum)
 	return checksum == CHECKSUM_PARTIAL && skb_field(skb, encapsulation);
 }
 
-/* Takes the outer headers off. 0, or 1: the device must do it, the packet is as it was. */
+/* Takes the outer headers off. 0, minus a drop reason, or 1: the device must do it, the packet is as it was. */
 static __always_inline int take_outer_off(struct __sk_buff *skb, const struct pkt *p, const struct flow *f)
 {
 	__u32 kind = checksum_kind(skb);
@@ -143,8 +133,9 @@ static __always_inline int take_outer_off(struct __sk_buff *skb, const struct pk
 	if (kind == CHECKSUM_UNNECESSARY)
 		bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
 	eth = pkt_at(skb, 0, sizeof(*eth));
-	if (eth)
-		eth->h_proto = bpf_htons(p->l3_proto);
+	if (!eth)
+		return -DROP_TRUNCATED;
+	eth->h_proto = bpf_htons(p->l3_proto);
 	return 0;
 }
 
@@ -187,8 +178,9 @@ __noinline int decapsulate(struct __sk_buff *skb, struct pkt *p)
 		flow_note_queued(f);
 		return TC_ACT_OK;
 	}
-	if (flow_is_queued(f) || take_outer_off(skb, p, f))
-		return TC_ACT_OK;
+	ret = flow_is_queued(f) ? 1 : take_outer_off(skb, p, f);
+	if (ret)
+		return ret < 0 ? ret : TC_ACT_OK;
 	p->l4_off -= ENCAPSULATION_LEN;
 	flow_note_packet(f, p);
 	ret = forward(skb, p, f, HOOK_FROM_NETDEV);

@@ -145,20 +145,24 @@ static __always_inline int parse_icmp(struct __sk_buff *skb, struct pkt *p)
 	return -DROP_ICMP_TYPE;
 }
 
+static __always_inline int parse_tcp(struct __sk_buff *skb, struct pkt *p)
+{
+	struct tcphdr *tcp = pkt_at(skb, p->l4_off, sizeof(*tcp));
+
+	if (!tcp)
+		return -DROP_TRUNCATED;
+	p->key.sport = tcp->source;
+	p->key.dport = tcp->dest;
+	p->tcp_flags = tcp->flags;
+	return 0;
+}
+
 static __always_inline int parse_l4(struct __sk_buff *skb, struct pkt *p)
 {
-	struct tcphdr *tcp;
 	__u8 *chunk;
 
-	if (p->key.proto == IPPROTO_TCP) {
-		tcp = pkt_at(skb, p->l4_off, sizeof(*tcp));
-		if (!tcp)
-			return -DROP_TRUNCATED;
-		p->key.sport = tcp->source;
-		p->key.dport = tcp->dest;
-		p->tcp_flags = tcp->flags;
-		return 0;
-	}
+	if (p->key.proto == IPPROTO_TCP)
+		return parse_tcp(skb, p);
 	if (p->key.proto == IPPROTO_ICMP || p->key.proto == IPPROTO_ICMPV6)
 		return parse_icmp(skb, p);
 	if (p->key.proto == IPPROTO_SCTP) {

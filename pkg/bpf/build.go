@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "4468af5523accdd5fa09f02d61fba19233999097"
+const build = "cf174198e66efdbfd953cffc85f76bf3ccb681fd"
