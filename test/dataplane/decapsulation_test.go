@@ -14,7 +14,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/margay-cni/margay/internal/testutil/netnstest"
@@ -22,17 +21,6 @@ import (
 	"github.com/margay-cni/margay/internal/testutil/pkt"
 	"github.com/margay-cni/margay/pkg/bpf"
 )
-
-// received counts the packets that a node's overlay device has decapsulated.
-func received(t *testing.T, n *nodetest.Node) (packets uint64) {
-	t.Helper()
-	n.NS.Do(func() {
-		l, err := netlink.LinkByName(nodetest.OverlayDevice)
-		wantNoError(t, "find the overlay device", err)
-		packets = l.Attrs().Statistics.RxPackets
-	})
-	return packets
-}
 
 // TestDecapsulatedAsByTheDevice: what arrives of a known flow is, bit for bit, what arrives when the kernel's VXLAN device has taken the outer
 // headers off: in a pod, from another node's pod and from a client by another node, and at that client.

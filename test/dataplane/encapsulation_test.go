@@ -107,15 +107,27 @@ func TestEncapsulatedAsByTheDevice(t *testing.T) {
 	})
 }
 
-// transmitted counts the packets that a node's overlay device has encapsulated.
-func transmitted(t *testing.T, n *nodetest.Node) (packets uint64) {
+// overlayCounters are those of a node's overlay device.
+func overlayCounters(t *testing.T, n *nodetest.Node) (counters netlink.LinkStatistics) {
 	t.Helper()
 	n.NS.Do(func() {
 		l, err := netlink.LinkByName(nodetest.OverlayDevice)
 		wantNoError(t, "find the overlay device", err)
-		packets = l.Attrs().Statistics.TxPackets
+		counters = *l.Attrs().Statistics
 	})
-	return packets
+	return counters
+}
+
+// transmitted counts the packets that a node's overlay device has encapsulated.
+func transmitted(t *testing.T, n *nodetest.Node) uint64 {
+	t.Helper()
+	return overlayCounters(t, n).TxPackets
+}
+
+// received counts the packets that a node's overlay device has decapsulated.
+func received(t *testing.T, n *nodetest.Node) uint64 {
+	t.Helper()
+	return overlayCounters(t, n).RxPackets
 }
 
 // TestTheNodesOwnAnswersGoByTheDevice: what the node's stack sends has a route already, which older kernels do not give back when the programs

@@ -98,7 +98,7 @@ func xfrmPolicy(t *testing.T, n *clustertest.Node, words string) {
 }
 
 // TestNothingIsLostWhenTheDeviceTakesOver: connections that are open while the overlay device takes over, and the programs again, lose no
-// byte, no datagram and no answer, in both directions.
+// byte and no answer, in both directions, and datagrams go on.
 func TestNothingIsLostWhenTheDeviceTakesOver(t *testing.T) {
 	r := newRemote(t, clustertest.Options{Nodes: 2, RoutingMode: "vxlan"})
 	n1 := r.Node("n1")
