@@ -47,9 +47,16 @@ func (u udpClients) wantNobody(t *testing.T, when string) {
 // wantServer requires that all of them, which go on sending, reach the server before the cluster's patience is over.
 func (u udpClients) wantServer(t *testing.T, c *clustertest.Cluster, when, server string) {
 	t.Helper()
+	var got string
+	var err error
+	defer func() {
+		if t.Failed() {
+			t.Logf("the last answer: %q, %v", got, err)
+		}
+	}()
 	for what, conn := range u {
 		c.Eventually(fmt.Sprintf("%s: %s reaches %s", when, what, server), func() bool {
-			got, err := conn.Ask()
+			got, err = conn.Ask()
 			return err == nil && strings.HasPrefix(got, server+" ")
 		})
 	}
