@@ -272,6 +272,14 @@ static __always_inline void compose_entry(struct new_flow *nf, __u32 direction)
 static __always_inline void keep_from_entry(struct new_flow *nf, __u32 direction, const struct flow *old)
 {
 	nf->entry.tcp = old->tcp;
+	/*
+	 * Whether its backend still serves, and whether its address has become a service's, is asked for the opener's own packets only
+	 * (flow_keeps_translation): an answer must not say that it has been asked. Rows U2, U3.
+	 */
+	if (nf->reply && direction == FORWARD && nf->key.proto == IPPROTO_UDP) {
+		nf->entry.service_epoch = old->service_epoch;
+		nf->entry.endpoint_epoch[1] = old->endpoint_epoch[1];
+	}
 	if (direction == (nf->reply ? REPLY : FORWARD) || nf->entry.in_ifindex)
 		return;
 	nf->entry.in_node = old->in_node;

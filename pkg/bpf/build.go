@@ -4,4 +4,4 @@
 package bpf
 
 // build is made of the checksums of the embedded objects.
-const build = "cf174198e66efdbfd953cffc85f76bf3ccb681fd"
+const build = "573756957da41c56382e1a0daa9d68d0ccb681fd"

@@ -111,6 +111,52 @@ func TestU2_LastBackendLeaves(t *testing.T) {
 	}
 }
 
+// Contract rows U2 and U3: an answer that is under way while the backend leaves the service, or while an address becomes a service's, passes, and
+// says nothing about the opener's next packet: that one goes where the service is now.
+func TestU2_U3_AnswersHoldNobodyBack(t *testing.T) {
+	t.Parallel()
+	f := progtest.New(t)
+	families(t, f, func(t *testing.T, v6 bool) {
+		old, next := at(f.B.Addr(v6), podPort), at(f.B.Addr(v6), podPort+1)
+		for i, tt := range []struct {
+			hook     progtest.Hook
+			frontend netip.AddrPort
+			open     pkt.Packet
+		}{
+			{progtest.FromPod(f.A), at(of(vips, v6), vipPort), fromPod(f.A, pkt.UDP, at(of(vips, v6), vipPort))},
+			{f.FromNetdev(), at(of(unspecified, v6), nodePort), fromClient(pkt.UDP, at(of(nodetest.NodeAddrs, v6), nodePort))},
+		} {
+			f.ClearFlows(t)
+			serviceID := uint32(1 + i)
+			frontend := bpf.NewFrontendKey(pkt.UDP.Proto(v6), tt.frontend.Addr(), tt.frontend.Port())
+			f.AddService(serviceID, frontend, old)
+			arrived := with(atPod(tt.open, f.B), tt.open.Src, old)
+			redirected(t, f, "opens", tt.hook, tt.open, arrived)
+
+			f.AddService(serviceID, frontend, next)
+			must(t, f.DP.Maps.ServiceBackends.Delete(bpf.NewServiceBackend(serviceID, old)))
+			must(t, f.DP.RaiseServiceEpochs(serviceID))
+			home := with(hop(answer(arrived)), tt.open.Dst, tt.open.Src)
+			if tt.hook.Program == bpf.ProgFromPod {
+				home = with(atPod(answer(arrived), f.A), tt.open.Dst, tt.open.Src)
+			}
+			redirected(t, f, "the old one's answer", progtest.FromPod(f.B), answer(arrived), home)
+			redirected(t, f, "goes on", tt.hook, data(tt.open), with(atPod(data(tt.open), f.B), tt.open.Src, next))
+		}
+
+		outside := at(of(nodetest.ClientAddrs, v6), 53)
+		open := fromPod(f.A, pkt.UDP, outside)
+		redirected(t, f, "to outside", progtest.FromPod(f.A), open, hop(open))
+		frontend := bpf.NewFrontendKey(pkt.UDP.Proto(v6), outside.Addr(), outside.Port())
+		f.AddService(3, frontend, next)
+		must(t, f.DP.RaiseEndpointEpochs(int(bpf.EpochSlotOutside)))
+		reply := answer(open)
+		redirected(t, f, "an answer from outside", f.FromNetdev(), reply, atPod(reply, f.A))
+		redirected(t, f, "to what is a service now", progtest.FromPod(f.A), data(open), with(atPod(data(open), f.B), open.Src, next))
+		must(t, f.DP.Maps.Services.Delete(&frontend))
+	})
+}
+
 // Contract row V16: a segment outside the window is translated like any other, so the client's stack answers it on its own connection; without a
 // flow it does not pass as the service's.
 func TestV16_OutOfWindowSegmentsAreTranslated(t *testing.T) {
