@@ -91,7 +91,7 @@ func TestBigTCP(t *testing.T) {
 			"pod to outside":      {a.NS, n.Client, netip.AddrPortFrom(family(nodetest.ClientAddrs, v6), 8080), false},
 			"outside to NodePort": {n.Client, b.NS, netip.AddrPortFrom(family(nodetest.NodeAddrs, v6), 30080), false},
 		} {
-			t.Run(name, func(t *testing.T) {
+			once := func(t *testing.T) int {
 				l := listen(t, way.to, "8080")
 				defer l.Close()
 				up, err := nodetest.Dial(t, way.from, "tcp", way.at, 0)
@@ -103,7 +103,17 @@ func TestBigTCP(t *testing.T) {
 				if mtu := transfer(t, up.Conn, accepted); mtu != 1500 {
 					t.Errorf("path MTU of the sender = %d, want 1500", mtu)
 				}
-				if got := there(); (got > legacyGSO) != way.whole {
+				return there()
+			}
+			t.Run(name, func(t *testing.T) {
+				got := once(t)
+				// How much TCP puts into a packet is its own affair, and on a busy machine it may not come to that much.
+				for range 4 {
+					if way.whole && got <= legacyGSO {
+						got = once(t)
+					}
+				}
+				if (got > legacyGSO) != way.whole {
 					t.Errorf("largest packet received = %d bytes, want beyond 64 KiB: %v", got, way.whole)
 				}
 			})
