@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/margay-cni/margay/internal/testutil/clustertest"
 	"github.com/margay-cni/margay/internal/testutil/nodetest"
@@ -107,6 +109,48 @@ func TestU2_U3_UDPClientsFollow(t *testing.T) {
 			c.Apply(service)
 			clients.wantServer(t, c, "the service again", "third")
 		})
+	}
+}
+
+// Contract row U3: clients that ask all the time follow as well. Whenever the service changes, answers of the old server are under way.
+func TestU3_BusyUDPClientsFollow(t *testing.T) {
+	c := clustertest.New(t, clustertest.Options{Nodes: 2, RoutingMode: "vxlan"})
+	here, there := c.Node("n1"), c.Node("n2")
+	labels := map[string]string{"app": "dns"}
+	server := c.AddPod(there, "server", labels)
+	names := map[int32]string{8080: "one", 8081: "other"}
+	for port, name := range names {
+		nodetest.Serve(t, server.NS, name, uint16(port))
+	}
+	service := clustertest.NodePortService("dns", 10, labels, 80, 8080, 30080)
+	c.Apply(service)
+	clients := newUDPClients(t, c, c.AddPod(here, "client", nil), here)
+	c.WaitSettled()
+	for round := range int32(10) {
+		port := 8081 - round%2
+		for i := range service.Spec.Ports {
+			service.Spec.Ports[i].TargetPort.IntVal = port
+		}
+		c.Apply(service)
+		var all sync.WaitGroup
+		for what, conn := range clients {
+			all.Go(func() {
+				for end := time.Now().Add(10 * time.Second); ; {
+					got, err := conn.Ask()
+					if err == nil && strings.HasPrefix(got, names[port]+" ") {
+						return
+					}
+					if time.Now().After(end) {
+						t.Errorf("change %d: the last answer to %s is %q, %v, want one of %q", round, what, got, err, names[port])
+						return
+					}
+				}
+			})
+		}
+		all.Wait()
+		if t.Failed() {
+			return
+		}
 	}
 }
 
